@@ -72,12 +72,11 @@ class InputsOfExperts(Protocol):
         """One expert's; made anew each time."""
 
 
-def inputs_of(grams: Sequence[torch.Tensor], count: int, damping: float = DAMPING) -> Inputs | None:
+def inputs_of(grams: Sequence[torch.Tensor], count: int) -> Inputs | None:
     """Of XᵀX and the number of rows of X; None where that is not finite.
 
     Args:
         grams: of consecutive columns, each (columns, columns) in fp32; below the diagonal nothing is read.
-        damping: added to the diagonal, a part of its mean.
     """
     import torch
 
@@ -85,7 +84,7 @@ def inputs_of(grams: Sequence[torch.Tensor], count: int, damping: float = DAMPIN
     if not torch.isfinite(diagonal).all():
         return None
     mean = diagonal.mean().clamp(min=1e-30)
-    factors = [_factor(gram, damping * mean) for gram in grams]
+    factors = [_factor(gram, DAMPING * mean) for gram in grams]
     importance = (diagonal / max(1, count)).float().cpu().numpy()
     return Inputs(importance, None if any(factor is None for factor in factors) else tuple(factors))
 
@@ -214,7 +213,6 @@ def calibrated(rows: np.ndarray, kind: Type, inputs: Inputs) -> tuple[np.ndarray
     Returns:
         uint8 (rows, bytes of a row), and the sum of squares of what that changes in the output.
     """
-
     rows = np.ascontiguousarray(rows, np.float32)
     if inputs.factors is None:
         data = by_importance(rows, kind, inputs.importance)

@@ -41,6 +41,7 @@ from gemma_tune.gguf.types import (
     TypeChoice,
     choose_types,
     llama_quantize,
+    nbytes,
     needs_llama_quantize,
     quantise,
 )
@@ -102,8 +103,7 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Size in the GGUF, in bytes. `GGUFWriter` asks for it."""
-        block, size = gguf.GGML_QUANT_SIZES[self.choice.type]
-        return math.prod(self.spec.shape) // block * size
+        return nbytes(self.choice.type, self.spec.shape)
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the tensor's bytes; the package's own lazy arrays do the same."""
