@@ -8,8 +8,8 @@ from __future__ import annotations
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.thinking import settled
 
-# Templates that refuse system messages get them in the first user's turn, as in training; llama.cpp would join them
-# with one line break.
+# Templates that refuse system messages, or leave them out, get them in the first user's turn, as in training; llama.cpp
+# would join them with one line break.
 _FOLD = ("{%- if messages[0]['role'] == 'system' and messages | length > 1 -%}{%- set messages = [{'role': "
          "messages[1]['role'], 'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] "
          "-%}{%- endif -%}")

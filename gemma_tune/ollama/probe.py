@@ -59,11 +59,11 @@ class Jinja:
         return text
 
     def _knows_system(self) -> bool:
+        """Whether the template writes a system message: Gemma 1's and 2's refuse it, the first Phi-3's leave it out."""
         try:
-            self(talk(FIRST, system=SYSTEM))
-        except TemplateError:  # Gemma 1 and 2: "System role not supported"
+            return SYSTEM in self(talk(FIRST, system=SYSTEM))
+        except TemplateError:
             return False
-        return True
 
 
 def message(role: str, content: str, **more: Any) -> dict[str, Any]:

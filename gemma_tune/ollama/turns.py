@@ -24,7 +24,7 @@ class Turns:
         later_system: around a system message that is not the first message, where that is something else.
         fold: around the system text inside the first user turn, where that is its place.
         fold_first: the project joins `system`, a blank line and the user's text *before* the template sees (and trims)
-            them, since the template refuses system messages.
+            them, since the template refuses system messages or leaves them out.
         fold_last: whether that is the last user's turn, as in newer templates of Mistral, instead of the first one.
         opening: what stands first if there is no system message in front.
         skips_empty: whether an empty system message is as none.

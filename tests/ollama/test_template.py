@@ -169,6 +169,16 @@ def test_marks_of_their_own(template, go_render):
             assert got == hugging_face(template, messages).removeprefix(HUNYUAN_BOS), case
 
 
+def test_a_system_message_that_the_template_leaves_out_is_told_in_the_first_turn(go_render):
+    """As in training. The template is that of the first Phi-3."""
+    template = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>\n{{ m.content }}<|end|>\n<|assistant|>\n"
+                "{% elif m.role == 'assistant' %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}")
+    chat = ChatFormat(byte_tokenizer(("<|user|>", "<|assistant|>", "<|end|>"), template), "phi3")
+    conversations = [talk("hi"), talk("one", "two", "three", system="Be brief.\n\nBe kind.")]
+    assert go_render(layout_of(chat), conversations) == [chat.prompt_text(messages) for messages in conversations]
+    assert "Be kind.\n\none" in chat.prompt_text(conversations[1])
+
+
 def test_where_each_turn_begins_with_bos_the_template_writes_them_all(go_render):
     with pytest.raises(UserError, match="not written like the first"):
         chat_for(SEED, bos_token="<seed:bos>")
