@@ -72,6 +72,8 @@ def _definitions(tools: ToolTurns) -> list[str]:
 
 def _opening(turns: Turns) -> str:
     """What stands first where no system message does."""
+    if turns.fold_first:
+        return '{{- "" }}' + go_text(turns.opening, last=True)
     text = go_text(turns.opening)
     if turns.tools and turns.tools.opening != turns.opening:
         otherwise = "{{ else }}" + text if text else ""

@@ -28,7 +28,8 @@ def go_string(text: str) -> str:
 
 
 def go_text(text: str, last: bool = False) -> str:
-    """Text as it is; as a quoted string where it could be misread, or lost to an editor that strips a file's end."""
+    """Text as it is; as a quoted string where it could be misread, or, as the last one of a line or of the file, where
+    what follows would take white space from it: the next line's `{{-`, or an editor that strips a file's end."""
     misread = "{{" in text or text.endswith("{") or '"""' in text or lossy_runes(text)
     plain = not misread and not (last and text != text.rstrip())
     return text if plain else f"{{{{ {go_string(text)} }}}}"

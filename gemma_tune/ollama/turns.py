@@ -26,7 +26,7 @@ class Turns:
         fold_first: the project joins `system`, a blank line and the user's text *before* the template sees (and trims)
             them, since the template refuses system messages or leaves them out.
         fold_last: whether that is the last user's turn, as in newer templates of Mistral, instead of the first one.
-        opening: what stands first if there is no system message in front.
+        opening: what stands first if the template sees no system message in front.
         skips_empty: whether an empty system message is as none.
         prompt: what asks for the answer.
         unthinking: what asks for one without thinking, where a request can choose.
@@ -78,7 +78,7 @@ class Turns:
         return message["role"] == "system" and bool(message["content"] or not self.skips_empty)
 
     def _start(self, messages: Messages, offered: Tools | None) -> str:
-        if any(map(self._counts, messages if self.skips_empty else messages[:1])):
+        if not self.fold_first and any(map(self._counts, messages if self.skips_empty else messages[:1])):
             return ""
         return self.tools.listed(self.tools.opening, offered) if offered else self.opening
 

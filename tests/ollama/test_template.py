@@ -169,9 +169,10 @@ def test_marks_of_their_own(template, go_render):
             assert got == hugging_face(template, messages).removeprefix(HUNYUAN_BOS), case
 
 
-def test_a_system_message_that_the_template_leaves_out_is_told_in_the_first_turn(go_render):
-    """As in training. The template is that of the first Phi-3."""
-    template = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>\n{{ m.content }}<|end|>\n<|assistant|>\n"
+@pytest.mark.parametrize("opening", ["", "A chat.\n\n"])
+def test_a_system_message_that_the_template_leaves_out_is_told_in_the_first_turn(opening, go_render):
+    """As in training. The template is that of the first Phi-3; others, as Vicuna's, begin with a sentence."""
+    template = (opening + "{% for m in messages %}{% if m.role == 'user' %}<|user|>\n{{ m.content }}<|end|>\n<|assistant|>\n"
                 "{% elif m.role == 'assistant' %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}")
     chat = ChatFormat(byte_tokenizer(("<|user|>", "<|assistant|>", "<|end|>"), template), "phi3")
     conversations = [talk("hi"), talk("one", "two", "three", system="Be brief.\n\nBe kind.")]
