@@ -69,7 +69,7 @@ class Lock:
                 self.restored = [name for folder, names in ((run.root, MADE), (run.ollama, MADE_FOR_OLLAMA),
                                                             (run.inputs, PIPED)) for name in recover(folder, names)]
             except BaseException:
-                self._lock.release()
+                self.__exit__()
                 raise
         return self
 
@@ -102,8 +102,10 @@ class Lock:
             return "another process"
 
     def __exit__(self, *_: object) -> None:
-        self.owner.unlink(missing_ok=True)
-        self._lock.release()
+        try:
+            self.owner.unlink(missing_ok=True)
+        finally:
+            self._lock.release()
 
 
 def finish_killed(root: Path, listener: Listener) -> None:
