@@ -167,7 +167,7 @@ def _counts(path: Path, data: mmap.mmap) -> tuple[int, int]:
     return tensors, pairs
 
 
-def _read_infos(data: mmap.mmap, at: int, count: int, alignment: int | None) -> dict[str, TensorInfo]:
+def _read_infos(data: mmap.mmap, at: int, count: int, alignment: Any) -> dict[str, TensorInfo]:
     """The list of tensors, which begins at byte offset `at`; raise ValueError where it makes no sense."""
     found = []
     for _ in range(count):
@@ -179,7 +179,9 @@ def _read_infos(data: mmap.mmap, at: int, count: int, alignment: int | None) -> 
         *columns_first, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, at + 4)
         at += 4 + 8 * dimensions + 12
         found.append(TensorInfo(name, tuple(columns_first[::-1]), Type(kind), offset))
-    alignment = alignment or gguf.GGUF_DEFAULT_ALIGNMENT
+    alignment = gguf.GGUF_DEFAULT_ALIGNMENT if alignment is None else alignment
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its {Keys.General.ALIGNMENT} is {alignment!r}")
     start = gguf.GGUFWriter.ggml_pad(at, alignment)
     tensors = {info.name: TensorInfo(info.name, info.shape, info.type, start + info.offset) for info in found}
     if len(tensors) < count:

@@ -382,6 +382,21 @@ def damaged(path: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("alignment", [0, 32.0, "32"])
+def test_an_alignment_that_is_none_is_told(tmp_path, alignment):
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    adds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    adds[type(alignment)]("general.alignment", alignment)
+    writer.add_tensor("vector", np.zeros(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=f"its general.alignment is {alignment!r}"):
+        GgufFile(path)
+
+
 def test_a_damaged_file_is_told_from_a_whole_one(small, tmp_path):
     broken = tmp_path / "broken.gguf"
     for how, data in damaged(small).items():
