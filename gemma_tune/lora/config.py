@@ -60,8 +60,10 @@ def _pattern_or_names(value: Any) -> bool:
     return _text(value) or _names(value)
 
 
+# PEFT's, of what says how much an adapter changes; of all else it is nothing, or no.
+_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 # What PEFT is given, besides that this is LoRA of a causal language model: whether a value can be used, and what is
-# wrong with it. A setting that is missing or null has PEFT's default.
+# wrong with it.
 COMPUTES = {
     "r": (lambda v: _whole(v) and v > 0, "is no rank"), "lora_alpha": (_number, "is no number that fp32 holds"),
     "lora_dropout": (lambda v: _number(v) and 0 <= v <= 1, "is no share"),
@@ -117,12 +119,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def usable_config(folder: Path) -> dict[str, Any]:
-    """The same, of an adapter whose settings mean something here.
+    """The same, of an adapter whose settings mean something here; what is missing or null has PEFT's default.
 
     Raises:
         UserError: missing, damaged, another kind of adapter, or values that cannot be used; all of them are listed.
     """
-    config = read_config(folder)
+    config = _DEFAULTS | {name: value for name, value in read_config(folder).items() if value is not None}
     _refuse_other_kinds(folder, config)
     if problems := list(_unusable(config)):
         raise UserError(f"{folder} cannot be read: {CONFIG} has values that make no sense", how_to_renew(folder),
@@ -132,7 +134,7 @@ def usable_config(folder: Path) -> dict[str, Any]:
 
 def for_peft(config: Mapping[str, Any]) -> dict[str, Any]:
     """What PEFT's ``LoraConfig`` is made of: nothing that it would import, and nothing that only trains."""
-    return {name: config[name] for name in COMPUTES if config.get(name) is not None} | {"task_type": "CAUSAL_LM"}
+    return {name: config[name] for name in COMPUTES if name in config} | {"task_type": "CAUSAL_LM"}
 
 
 def refuse_embedded_adapter(checkpoint: Path) -> None:
@@ -150,9 +152,8 @@ def refuse_embedded_adapter(checkpoint: Path) -> None:
 def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
     """Settings that are used and whose values cannot be."""
     for name, (fits, fault) in COMPUTES.items():
-        value = config.get(name)
-        if value is not None and not fits(value):
-            yield f"{name}: {shown(value)} {fault}"
+        if name in config and not fits(config[name]):
+            yield f"{name}: {shown(config[name])} {fault}"
     for name in _PATTERNS:
         patterns = config.get(name)
         for pattern in patterns if isinstance(patterns, dict) else ():

@@ -85,7 +85,7 @@ class Adapter:
         copies: tensors that were trained as a whole (``modules_to_save``), by name.
         base_tensors: the base's tensors that came with the adapter, by name; one of ``copies`` may be there too, as it
             was before.
-        config: adapter_config.json.
+        config: adapter_config.json, see :func:`gemma_tune.lora.config.usable_config`.
     """
 
     folder: Path
@@ -238,7 +238,7 @@ def _layer(folder: Path, layer: str, found: Mapping[str, StoredTensor], config: 
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise UserError(f"{folder}: {layer} has factors of the shapes {a.shape} and {b.shape}, which give no matrix",
                         "only adapters of linear layers and embeddings are merged; see PEFT's merge_and_unload")
-    rank = _own(config, "rank_pattern", layer, config.get("r", a.shape[0]))
+    rank = _own(config, "rank_pattern", layer, config["r"])
     experts = a.shape[0] // rank if stacked and rank else 0
     if rank * (experts or 1) != a.shape[0]:
         raise UserError(f"{folder}: {CONFIG} gives {layer} the rank {rank}, and its factors have {a.shape[0]}",
@@ -251,7 +251,7 @@ def _layer(folder: Path, layer: str, found: Mapping[str, StoredTensor], config: 
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """s of a layer."""
-    alpha = _own(config, "alpha_pattern", layer, config.get("lora_alpha", 8))
+    alpha = _own(config, "alpha_pattern", layer, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -31,8 +31,7 @@ def digest_of(folder: Path) -> str:
 
 def settings_of(adapter: Adapter) -> dict[str, Any]:
     """Settings of ``train`` that say what an adapter computes, and its dropout, by the names of the options."""
-    # What is missing or null has PEFT's default.
-    config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0} | {k: v for k, v in adapter.config.items() if v is not None}
+    config = adapter.config
     return {"rank": config["r"], "alpha": float(config["lora_alpha"]),
             "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")),
             "target_modules": tuple(sorted({ASKED if lora.experts else layer.rsplit(".", 1)[-1]

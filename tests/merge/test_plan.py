@@ -314,6 +314,23 @@ def test_settings_that_cannot_be(tmp_path, settings, said):
     assert said in " ".join([refused.message, *refused.problems])
 
 
+@pytest.mark.parametrize("gone", ["null", "missing"])
+@pytest.mark.parametrize(("name", "scale"), [("lora_alpha", 8 / 4), ("r", 6 / 8)])
+def test_settings_that_an_adapter_does_not_give_are_those_of_peft(tmp_path, name, scale, gone):
+    from gemma_tune.lora.config import for_peft
+    from gemma_tune.lora.files import read_adapter
+    from gemma_tune.lora.start import settings_of
+
+    _, folder, _ = make(tmp_path, gemma(), target_modules=["q_proj"], **({"r": 8} if name == "r" else {}))
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | {name: None}
+    path.write_text(json.dumps({k: v for k, v in config.items() if gone == "null" or k != name}))
+    adapter = read_adapter(folder)
+    assert {lora.scale for lora in adapter.layers.values()} == {scale} and for_peft(adapter.config)[name] == 8
+    settings = settings_of(adapter)
+    assert settings["alpha"] / settings["rank"] == scale
+
+
 def test_pickled_weights_are_not_read(tmp_path):
     from gemma_tune.base.errors import UserError
     from gemma_tune.lora.files import read_adapter
