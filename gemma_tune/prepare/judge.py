@@ -240,14 +240,15 @@ class Judge:
             judged.rejected.append(Rejected(row, (self._too_long(outcome, kind, example),)))
         text = json_bytes(example)
         written = self._written(row, example, judged)
-        texts = [example["text"]] if "text" in example else [
-            m["content"] for m in (*example["messages"], *example.get("rejected", ()))]
+        turns = [*example.get("messages", ()), *example.get("rejected", ())]
+        texts = [example["text"]] if "text" in example else [turn["content"] for turn in turns]
         same = text if written is example else json_bytes(written)
         return Kept(line=row.line, text=text, answers=tuple(marks_of(example)),
                     conversation=hashlib.blake2b(same, digest_size=16).digest(),
                     prompt=self._prompt(example), turns=len(example.get("messages", ())),
                     script=script_of("\n".join(texts)),
-                    signature=signature(texts).tobytes() if self.config.near_duplicates else b"", outcome=outcome)
+                    signature=_signature(example, [*texts, *_beside(turns)]) if self.config.near_duplicates else b"",
+                    outcome=outcome)
 
     def _written(self, row: Row, example: PreparedRow, judged: Judged) -> PreparedRow:
         """The row with the white space around its texts that the template writes, which rows are compared with."""
@@ -300,6 +301,20 @@ class Judge:
 def kind_of(example: PreparedRow) -> str:
     """What is learned from a row: an answer, which of two is better, or whether one is good."""
     return PAIRS if "rejected" in example else JUDGED if MARK in example else CONVERSATIONS
+
+
+def _beside(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What turns have beside their texts, as text: reasoning and calls."""
+    for turn in turns:
+        if "reasoning_content" in turn:
+            yield turn["reasoning_content"]
+        yield from (_as_key(call["function"]) for call in turn.get("tool_calls", ()))
+
+
+def _signature(example: PreparedRow, texts: Sequence[str]) -> bytes:
+    """What a row's likeness to others is told by. An answer that is bad is like no good one, whatever it says."""
+    found = signature(texts)
+    return (~found if example.get(MARK) is False else found).tobytes()
 
 
 def _is_padded(turn: dict[str, Any]) -> bool:

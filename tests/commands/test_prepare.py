@@ -34,7 +34,7 @@ from support.prepared import (
     with_template,
 )
 from support.rows import ALPACA, GLAIVE, OPENAI_TOOLS, SHAREGPT
-from support.templates import assistant, user
+from support.templates import TOOLS, assistant, call, user
 
 
 @pytest.fixture(scope="module")
@@ -497,6 +497,22 @@ def test_pairs_are_near_duplicates_only_where_both_answers_are(prepare):
                                     for text in (worse, other, worse.replace("worse30", "changed"))])
     prepare("rows.jsonl", "--valid", 0, "--near-duplicates")
     assert [(r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [(3, "rows.jsonl:1", "near")]
+
+
+@pytest.mark.parametrize("differs", ["calls", "reasoning", "mark"])
+def test_rows_whose_answers_differ_beside_their_texts_are_no_near_duplicates(cli, tiny, tmp_path, differs):
+    """The second one learns something else, and the third nearly what the first does."""
+    words = [" ".join(f"{name}{n}" for n in range(40)) for name in ("one", "other")]
+    said = [f"{words[0]} first", f"{words[1]} second", f"{words[0]} third"]
+    write_rows(Path("rows.jsonl"), {
+        "calls": [{"messages": [user("q"), call("weather", city=text)], "tools": TOOLS} for text in said],
+        "reasoning": [{"messages": [user("q"), assistant("a") | {"reasoning_content": text}]} for text in said],
+        "mark": [{"prompt": "q", "completion": f"{words[0]} {n}", "label": n != 1} for n in range(3)]}[differs])
+    model = tiny if differs == "mark" else with_template(tiny, tmp_path / "other", "qwen3")
+    prepared = cli("prepare", "rows.jsonl", "--model", model, "--run", "runs/x", "--valid", 0, "--near-duplicates")
+    assert prepared.code == 0, prepared.err
+    found = map(json.loads, Path("runs/x/data/duplicates.jsonl").read_text().splitlines())
+    assert [(r["line"], r["same_as"], r["kind"]) for r in found] == [(3, "rows.jsonl:1", "near")]
 
 
 def test_rows_that_are_too_long_repeat_nothing(prepare):
