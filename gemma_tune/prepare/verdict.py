@@ -111,17 +111,19 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
     if bad and config.on_bad_row == "fail":
         raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used",
                         "correct them, or use --on-bad-row reject", _listed(findings, refused))
-    problems = [*filter(None, [long_rows() if long else None])]
+    # With the others a longer row can be used, and each that is not has its own sentence below.
+    problems = [*filter(None, [long_rows() if long and config.on_long == "drop" else None])]
     fixes = {item.problems[0].fix for item in findings.examples}
     fix = fixes.pop() if len(fixes) == 1 else "correct the rows named above"
     if bad == total:
         raise UserError("the only row cannot be used" if total == 1 else f"none of the {total:,} rows can be used",
                         fix, [*problems, *_listed(findings, refused)])
     if bad / total > config.max_rejected:
-        allowed, needed = f"{config.max_rejected * 100:g} %", math.ceil(100 * bad / total) / 100
+        allowed, needed = f"{config.max_rejected * 100:g} %", _share(bad, total)
         other = "correct them"
         if 2 * long > bad:
-            other = f"use a larger --max-length{'' if findings.kind == PAIRS else ' or --on-long split'}"
+            divisible = findings.kind != PAIRS and config.on_long != "split"
+            other = f"use a larger --max-length{' or --on-long split' if divisible else ''}"
         hint = f"{other}, or go on without them: --max-rejected {needed:g}"
         if findings.noticed.usual and fix.startswith("use --columns "):  # the others of that table have these as well
             hint = fix
@@ -129,6 +131,11 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
                         [*problems, *_listed(findings, refused)])
     _refuse_unknown_columns(findings, config)
     _refuse_a_mixture(findings, config)
+
+
+def _share(rows: int, total: int) -> float:
+    """What --max-rejected has to be for so many rows, all of them at most, to be left out."""
+    return math.ceil(100 * min(rows, total) / total) / 100
 
 
 def _listed(findings: Findings, refused: Path) -> list[str]:
@@ -164,14 +171,15 @@ def _refuse_a_mixture(findings: Findings, config: PrepareConfig) -> None:
             rows in kinds.values() for rows in accumulate(rows for _, rows in sorted(findings.by_source.items()))):
         raise UserError("the rows for validation are of another kind than those to learn from",
                         "name a file of the same kind with --valid, or keep a share aside: --valid 0.1", said)
-    share = math.ceil(100 * (1 - kinds[PAIRS] / findings.rows)) / 100
+    # What is too long is of a kind, and stays out besides.
+    without_pairs = findings.rows - kinds[PAIRS] + findings.long
     ways = ["--take chosen learns the better answers together with the other rows"]
     if kinds[JUDGED]:
-        most = math.ceil(100 * kinds[JUDGED] / findings.rows) / 100
+        most = _share(kinds[JUDGED] + findings.rejected, findings.rows)
         ways[0] = (f"--take chosen --max-rejected {most:g} learns the better answers together with the other rows, but "
                    "for the bad ones")
     if kinds[PAIRS]:
-        ways.append(f"--take pairs --max-rejected {share:g} takes the pairs alone")
+        ways.append(f"--take pairs --max-rejected {_share(without_pairs, findings.rows):g} takes the pairs alone")
     raise UserError("the rows are of several kinds, which are not learned in one training",
                     f"{'; '.join(ways)}; or give each kind a file and a run of its own", said)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -253,6 +254,17 @@ def test_pairs_beside_other_rows_have_to_be_decided_about(prepare):
     assert [(r["code"], r["line"]) for r in read("rejected")] == [("no_pair", 1), ("no_pair", 3), ("no_pair", 4)]
     error = prepare("rows.jsonl", "--valid", 0, "--take", "auto", code=2)
     assert error["problems"][1] == "1 pair of answers, the first at rows.jsonl:2", "as without --take"
+
+
+def test_what_is_said_to_do_about_several_kinds_counts_the_rows_that_cannot_be_used_anyway(prepare):
+    bad = [{"prompt": f"q{n}", "completion": "Ho", "label": False} for n in range(4)]
+    pairs = [{"prompt": f"p{n}", "chosen": "word " * (1 + 90 * (n == 4)), "rejected": "Go away."} for n in range(5)]
+    write_rows(Path("rows.jsonl"), [row(f"{n}") for n in range(14)] + bad + pairs + [{"messages": []}] * 2)
+    flags = ("--valid", 0, "--max-length", 128)
+    hint = prepare("rows.jsonl", *flags, code=2)["hint"]
+    for take, kept_rows in (("chosen", 18), ("pairs", 4)):
+        share = re.search(rf"--take {take} (--max-rejected) ([\d.]+)", hint).groups()
+        assert prepare("rows.jsonl", *flags, "--take", take, *share)["summary"]["train_rows"] == kept_rows
 
 
 def test_a_pair_that_is_too_long(prepare):

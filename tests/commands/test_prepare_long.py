@@ -105,6 +105,15 @@ def test_too_many_long_rows_say_which_limit_would_do(prepare):
     assert prepare("rows.jsonl", "--max-length", enough, "--max-rejected", 0.2)["summary"]["rejected_rows"] <= 1
 
 
+def test_too_many_rows_that_cannot_be_divided_are_not_told_of_what_was_asked_for(prepare):
+    """Nor that all longer rows are left out: the last four are divided."""
+    write_rows(Path("rows.jsonl"), [talk(1), *(talk(n) for n in range(40, 60)), *(talk(9, 9, 9, 9) for _ in range(4))])
+    error = prepare("rows.jsonl", "--max-length", LIMIT, "--on-long", "split", "--max-rejected", 0.2, code=2)
+    assert "20 of 25 rows cannot be used" in error["message"] and "left out" not in error["err"]
+    assert error["hint"] == "use a larger --max-length, or go on without them: --max-rejected 0.8"
+    assert all("no single exchange of it fits" in problem for problem in error["problems"][:-1])
+
+
 def exchanges(value: dict[str, Any]) -> tuple[list[Any], list[list[Any]]]:
     """The system prompt, and the turns from each question to the next."""
     first = [m for m in value["messages"] if m["role"] == "system"]
