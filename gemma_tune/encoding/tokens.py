@@ -48,7 +48,8 @@ def encoding_key(base: str) -> dict[str, str]:
 
 
 class TokenWriter:
-    """Writes one side's sequences; a context manager."""
+    """Writes one side's sequences; a context manager. It counts rows, of them those with ``good`` and ``bad`` answers,
+    sequences, and their tokens."""
 
     def __init__(self, path: Path):
         self.rows = self.sequences = self.tokens = self.trained = self.good = self.bad = 0
@@ -75,9 +76,7 @@ class TokenWriter:
             answers: their marks, or one mark for all of them.
         """
         for n, (ids, spans) in enumerate(sequences):
-            mark = answers[n] if len(answers) > 1 else answers[0]
-            self._answer.append(mark)
-            self.good, self.bad = self.good + (mark > 0), self.bad + (mark < 0)
+            self._answer.append(answers[n] if len(answers) > 1 else answers[0])
             # Copies: the arrays are views of a whole block of rows with their texts.
             self._ids.append(ids.copy())
             self._spans.append(spans.copy())
@@ -86,6 +85,7 @@ class TokenWriter:
             self._waiting += len(ids)
             self.trained += int(spans[1::2].sum() - spans[::2].sum())
         self.rows += 1
+        self.good, self.bad = self.good + (1 in answers), self.bad + (-1 in answers)
         self.sequences += len(sequences)
         if len(self._ids) >= _BATCH or self._waiting >= _MOST_TOKENS:
             self._flush()

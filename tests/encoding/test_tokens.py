@@ -73,6 +73,14 @@ def test_marks_of_answers(tmp_path, batch, monkeypatch):
     assert found.data.column("row").to_pylist() == [0, 0, 1, 2, 2, 4, 5]
 
 
+def test_an_answer_in_several_sequences_is_one(tmp_path):
+    sequence = Encoded(np.arange(4, dtype=np.int32), np.array([[2, 4]], np.int32))
+    with TokenWriter(tmp_path / "train.arrow") as writer:
+        for marks in ((-1,), (1,), (-1,)):
+            writer.add(flat([sequence] * 3), marks)
+    assert (writer.rows, writer.good, writer.bad, writer.sequences) == (3, 1, 2, 9)
+
+
 def test_marks_of_nothing(tmp_path):
     with TokenWriter(tmp_path / "valid.arrow"):
         pass
