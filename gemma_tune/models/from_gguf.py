@@ -136,18 +136,23 @@ def mend(model: Any, tokenizer: Any, file: GgufFile) -> None:
 
 
 def _stretch_rotations(config: Any, file: GgufFile) -> None:
-    """The loader drops how a rotary embedding was stretched for long contexts. Linearly is one number."""
-    prefix = f"{file.metadata['general.architecture']}.rope.scaling"
+    """The loader drops how a rotary embedding was stretched for long contexts. Linearly is one number.
+
+    As llama.cpp does, a file that has the number alone is taken for that, and one without it is not stretched.
+    """
+    prefix = f"{file.metadata['general.architecture']}.rope"
     rope = (config.rope_parameters or {}) if hasattr(config, "rope_parameters") else {}
     full = rope.get("full_attention", rope)
-    kind = file.metadata.get(f"{prefix}.type", "none")
+    kind = file.metadata.get(f"{prefix}.scaling.type", "linear")
     kind = "llama3" if _DIVISORS in file.tensors and config.model_type in ("llama", "mistral") else kind
-    if kind == "none" or full.get("rope_type") == kind:
+    # The second is what it was called before.
+    factor = file.metadata.get(f"{prefix}.scaling.factor", file.metadata.get(f"{prefix}.scale_linear")) or 1.0
+    if kind == "none" or full.get("rope_type") == kind or kind == "linear" and factor == 1:
         return
     if kind != "linear" or not full:
         raise UserError(f"{file.path} stretches its rotary embedding by {kind!r}, which Transformers' loader drops",
                         REPOSITORY)
-    full |= {"rope_type": kind, "factor": file.metadata[f"{prefix}.factor"]}
+    full |= {"rope_type": kind, "factor": factor}
 
 
 def _cut_words(tokenizer: Any, file: GgufFile) -> None:

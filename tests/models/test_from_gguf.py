@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -69,6 +70,22 @@ def test_tokenizer_files_beside_a_gguf_are_passed_over_where_nobody_may_make_sym
     beside = from_gguf.dequantised(whole, "b" * 64, Listener())
     assert (beside / "tokenizer.json").read_bytes() == (alone / "tokenizer.json").read_bytes()
     assert not [*beside.glob("*.gguf")] and whole.is_file()
+
+
+@pytest.mark.parametrize(("says", "rope"), [
+    ({}, {"rope_type": "default"}), ({"scaling.type": "none", "scaling.factor": 4.0}, {"rope_type": "default"}),
+    ({"scaling.type": "linear"}, {"rope_type": "default"}), ({"scaling.factor": 1.0}, {"rope_type": "default"}),
+    ({"scaling.type": "linear", "scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    ({"scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    ({"scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0})])
+def test_rotations_are_stretched_as_llama_cpp_does(says, rope):
+    """It takes a factor alone for a linear one, and a kind without a factor for none."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(rope_theta=5e5)
+    metadata = {"general.architecture": "llama"} | {f"llama.rope.{name}": value for name, value in says.items()}
+    from_gguf._stretch_rotations(config, SimpleNamespace(path=Path("m.gguf"), metadata=metadata, tensors={}))
+    assert config.rope_parameters == {"rope_theta": 5e5, **rope}
 
 
 def test_what_is_no_gguf_is_refused_before_it_is_loaded(tmp_path, opened):
