@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.checkpoint import VOCABULARY
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.refusals import FORBIDDEN, FULL, NotWritten, may_read, refusal, unreadable
 
@@ -367,7 +368,7 @@ def sha256_file(path: Path) -> str:
 
 # What decides what a Hugging Face checkpoint computes; runs and other things may lie in the same directory.
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
-                    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+                    "special_tokens_map.json", "added_tokens.json", *VOCABULARY, "merges.txt", "chat_template*",
                     "additional_chat_templates/*.jinja")
 
 

@@ -13,8 +13,10 @@ import pytest
 
 from gemma_tune.base import checkpoint
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
 from gemma_tune.base.tensors import read_header
 from gemma_tune.lora.files import read_config
+from gemma_tune.models.source import locate
 from support.command import QUICK, ROOT, copied_run, invoke
 from support.hub import LoopbackHub
 from support.models import make_model
@@ -256,6 +258,20 @@ def test_pointers_of_git_lfs_are_no_model(cli, tiny, data, tmp_path):
     assert "clone holds Git LFS pointers" in done.err and "model.safetensors, tokenizer.json" in done.err
     done = cli("prepare", data, "--model", tmp_path / "clone" / "model.safetensors", "--run", "r")
     assert "is a Git LFS pointer" in done.err
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "qwen.tiktoken", "tekken.json", "vocab-src.json", "vocab.txt"])
+def test_whatever_a_vocabulary_is_called_it_belongs_to_the_model(tiny, tmp_path, name):
+    """What is prepared, trained and exported depends on it."""
+    shutil.copytree(tiny, tmp_path / "model")
+    found = []
+    for content in (b"one", b"other"):
+        (tmp_path / "model" / name).write_bytes(content)
+        found.append(locate(str(tmp_path / "model"), None, Listener()).fingerprint)
+    assert found[0] != found[1]
+    (tmp_path / "model" / name).write_bytes(POINTER)
+    with pytest.raises(UserError, match=f"holds Git LFS pointers, .*{name}"):
+        locate(str(tmp_path / "model"), None, Listener())
 
 
 def test_the_weights_of_a_checkpoint_stand_for_no_model(cli, tiny, data):
