@@ -33,7 +33,7 @@ from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_source
 from gemma_tune.encoding.chat_format import ChatFormat, NoTemplate
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.templates import COMPLETION, NAMED, OWN, named_template
-from gemma_tune.encoding.tokenizer import load_format, read_template
+from gemma_tune.encoding.tokenizer import load_format, load_tokenizer, read_template
 from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.models.known import known_config, other_task
@@ -73,7 +73,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: Callable[[Session, 
     _refuse_base(session)
     if kept := _without_its_files(session):
         if preview:
-            _preview(session, preview, kept.summary.get("kind"), session.chat_template())
+            _preview(session, preview, kept.summary.get("kind"))
         return kept
     session = _with_template(_as_before(session))
     sources, held_out = _sources(session)
@@ -106,8 +106,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: Callable[[Session, 
     report = run_stage(session, "prepare", work, inputs)
     _warn_of_stopped(session)
     if preview:
-        kept = session.run.chat_template if "chat_template" in report.artifacts else None
-        _preview(session, preview, report.summary.get("kind"), kept)
+        _preview(session, preview, report.summary.get("kind"))
     return report
 
 
@@ -354,9 +353,9 @@ def _foretell_export(session: Session, chat: ChatFormat) -> None:
 
 # --- what is shown
 
-def _preview(session: Session, count: int, kind: str | None, template: Path | None) -> None:
+def _preview(session: Session, count: int, kind: str | None) -> None:
     """The first training sequences as training sees them, of pairs both: text in pieces, each learned or not."""
-    chat = _loaded(session, template)
+    tokenizer = load_tokenizer(session.model.path)
     sequences = open_tokens(session.run.tokens / "train.arrow")
     marks = answers_of(sequences)
     names = _ANSWERS.get(kind, {})
@@ -365,7 +364,7 @@ def _preview(session: Session, count: int, kind: str | None, template: Path | No
     for sequence in sequences.select(range(shown)):
         learned = sequence["labels"] != IGNORE_INDEX
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
-        rows.append([(chat.tokenizer.decode(sequence["input_ids"][a:b]), bool(learned[a]))
+        rows.append([(tokenizer.decode(sequence["input_ids"][a:b]), bool(learned[a]))
                      for a, b in zip(edges, edges[1:])])
     session.listener.preview(rows, [names.get(int(mark), "") for mark in marks[:shown]])
 
