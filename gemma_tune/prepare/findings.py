@@ -22,6 +22,7 @@ class Findings:
         long: rejected rows that are too long. They are counted here alone, as what is said about them differs from
             what is said about faults.
         by_source: rows by the number of their file.
+        kinds_of: what rows are, see :func:`gemma_tune.prepare.judge.kind_of`, by whether they are held out.
     """
 
     rows: int = 0
@@ -33,19 +34,21 @@ class Findings:
     long_examples: list[Rejected] = field(default_factory=list)
     by_source: Counter[int] = field(default_factory=Counter)
     noticed: Noticed = field(default_factory=Noticed)
+    kinds_of: dict[bool, set[str]] = field(default_factory=lambda: {False: set(), True: set()})
 
     @property
     def kind(self) -> str:
         """What the rows are; there is one kind, see ``verdict.refuse``."""
         return next(iter(self.noticed.kinds), CONVERSATIONS)
 
-    def add(self, judged: Judged, source: int, usable: int) -> None:
+    def add(self, judged: Judged, source: int, usable: int, held_out: bool) -> None:
         """Count a block of which so many rows are usable."""
         rows = usable + len(judged.rejected)
         self.rows += rows
         self.by_source[source] += rows
         self.rejected += len(judged.rejected)
         self.noticed.add(judged.noticed)
+        self.kinds_of[held_out].update(judged.noticed.kinds)
         for item in judged.rejected:
             self.reasons[item.code] += 1
             self.first_of.setdefault(item.code, item.place)

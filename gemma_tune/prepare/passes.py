@@ -70,11 +70,8 @@ class Passes:
 
     def _take(self, judged: Judged, source: int) -> None:
         self.files.reject(judged.rejected)
-        if judged.kept is None:
-            self.findings.add(judged, source, 0)
-            return
-        batch = self.spool.add(judged.kept, source)
-        self.findings.add(judged, source, self._gather(batch, source))
+        usable = 0 if judged.kept is None else self._gather(self.spool.add(judged.kept, source), source)
+        self.findings.add(judged, source, usable, source < self.held_out)
 
     def _gather(self, batch: Batch, source: int) -> int:
         """Keep the numbers of a batch's rows. Returns how many of them are usable."""

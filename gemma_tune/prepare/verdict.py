@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
         raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used, more than the {allowed} allowed", hint,
                         [*problems, *_listed(findings, refused)])
     _refuse_unknown_columns(findings, config)
-    _refuse_a_mixture(findings, config)
+    _refuse_a_mixture(findings)
 
 
 def _share(rows: int, total: int) -> float:
@@ -160,15 +159,14 @@ _KINDS = {CONVERSATIONS: ("row to answer like", "rows to answer like"), PAIRS: (
           JUDGED: ("answer that is good or bad", "answers that are good or bad")}
 
 
-def _refuse_a_mixture(findings: Findings, config: PrepareConfig) -> None:
+def _refuse_a_mixture(findings: Findings) -> None:
     """A training learns either to answer, or which of two answers is better."""
     kinds, first = findings.noticed.kinds, findings.noticed.first_of_kind
     if len(kinds) < 2:
         return
     said = [f"{counted(kinds[kind], *names)}, the first at {first[kind]}" for kind, names in _KINDS.items()
             if kinds[kind]]
-    if isinstance(config.valid, str) and any(
-            rows in kinds.values() for rows in accumulate(rows for _, rows in sorted(findings.by_source.items()))):
+    if findings.kinds_of[True] and findings.kinds_of[True].isdisjoint(findings.kinds_of[False]):
         raise UserError("the rows for validation are of another kind than those to learn from",
                         "name a file of the same kind with --valid, or keep a share aside: --valid 0.1", said)
     # What is too long is of a kind, and stays out besides.
