@@ -214,7 +214,7 @@ def refuse_empty_sides(selection: Selection, config: PrepareConfig, held_out: bo
         raise UserError("no row of the validation file can be used",
                         "correct it, or keep a share of the data aside: --valid 0.1")
     if isinstance(config.valid, float) and config.valid >= 1 and config.valid >= train + valid:
-        raise UserError(f"--valid {config.valid:g} asks for as many rows as can be used, {train + valid:,}",
+        raise UserError(f"--valid {config.valid:,.0f} leaves no row for training: {train + valid:,} can be used",
                         "ask for a share: --valid 0.1 keeps the end of each text aside" if texts else
                         "ask for fewer, or for a share: --valid 0.1")
 

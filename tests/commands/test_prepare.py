@@ -590,9 +590,9 @@ def test_a_number_of_rows_for_validation(prepare):
     write_rows(Path("rows.jsonl"), rows(20))
     for number in (1, 7, 19):
         assert prepare("rows.jsonl", "--valid", number)["summary"]["valid_rows"] == number
-    for number in (20, 500):
+    for number in (20, 1_234_567):
         error = prepare("rows.jsonl", "--valid", number, code=2)
-        assert error["message"] == f"--valid {number} asks for as many rows as can be used, 20"
+        assert error["message"] == f"--valid {number:,} leaves no row for training: 20 can be used"
 
 
 def test_system_prompts_and_earlier_turns_belong_to_the_prompt(prepare):
