@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune import __version__
-from gemma_tune.base.strict_json import object_in
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import counted, last_name
+from gemma_tune.lora.config import usable_config
 from gemma_tune.models.licence import base_licence, licence_note
 from gemma_tune.models.towers import auto_class
 from gemma_tune.run.manifest import JUDGED, PAIRS
@@ -76,8 +77,8 @@ def _base(session: Session) -> str:
 def _adapter_config(session: Session) -> dict[str, Any]:
     """PEFT's description of the adapter; nothing where it cannot be read, which is the merge's to complain about."""
     try:
-        return object_in(session.inputs["adapter"] / "adapter_config.json")
-    except (KeyError, OSError, ValueError):
+        return usable_config(session.inputs["adapter"])
+    except (KeyError, UserError):
         return {}
 
 
@@ -121,7 +122,7 @@ def _record_of_training(session: Session) -> Mapping[str, Any] | None:
 
 def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on: str | None) -> str:
     kind = ("rank-stabilised " if config.get("use_rslora") else "") + ("DoRA" if config.get("use_dora") else "LoRA")
-    words = [f"{kind} of rank {config['r']}", f"alpha {_number(config.get('lora_alpha'))}"]
+    words = [f"{kind} of rank {config['r']}", f"alpha {_number(config['lora_alpha'])}"]
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         words.append("others for some layers")
     if config.get("lora_dropout"):

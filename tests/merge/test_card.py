@@ -156,7 +156,7 @@ def test_a_run_that_knows_nothing_else(tmp_path):
 @pytest.mark.parametrize(("changes", "text"), [
     ({"use_dora": True, "use_rslora": True}, "rank-stabilised DoRA of rank 8, alpha 16, on"),
     ({"rank_pattern": {"q_proj": 4}, "lora_dropout": 0.1}, "alpha 16, others for some layers, dropout 0.1, on"),
-    ({"target_modules": "all-linear"}, "LoRA of rank 8, alpha 16"),
+    ({"target_modules": "all-linear"}, "LoRA of rank 8, alpha 16"), ({"lora_alpha": None}, "LoRA of rank 8, alpha 8, on"),
     ({"target_modules": ["a|b`c\n"], "modules_to_save": ["embed_tokens"]}, "on `abc`, whole `embed_tokens`")])
 def test_kinds_of_adapters(tmp_path, changes, text):
     header, rows = parts(model_card(from_elsewhere(tmp_path, base(tmp_path / "base"), **changes), {}))
