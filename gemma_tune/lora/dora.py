@@ -73,14 +73,15 @@ def start_from_base(model: torch.nn.Module) -> int:
 
 
 def settle(model: torch.nn.Module) -> None:
-    """Compute g once in each DoRA layer of a trained adapter, which was loaded in fp32; A and B get the type of W."""
+    """Compute g once in each DoRA layer of a trained adapter, which was loaded in fp32; A and B get the type of W, but
+    for one of packed numbers."""
     with torch.no_grad():
         for layer, name in _layers(model):
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             norm = torch.linalg.vector_norm(_weight(layer) + layer.scaling[name] * (b @ a), dim=1)
             _install(layer, name, Dora(gain=layer.lora_magnitude_vector[name].weight.detach() / norm))
-            for part in (layer.lora_A[name], layer.lora_B[name]):
-                part.to(layer.get_base_layer().weight.dtype)
+            if (dtype := layer.get_base_layer().weight.dtype).is_floating_point:
+                layer.lora_A[name].to(dtype), layer.lora_B[name].to(dtype)
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[Any, str]]:

@@ -1,11 +1,11 @@
-"""PEFT's import."""
+"""PEFT's import, and adapters on bases in 4 bits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gemma_tune.lora.load import _compiling_at_the_first_call, import_peft
+from gemma_tune.lora.load import _compiling_at_the_first_call, add_adapter, import_peft
 
 
 def test_functions_that_are_compiled_on_import_are_compiled_when_they_are_called(monkeypatch):
@@ -45,3 +45,26 @@ def test_bitsandbytes_computes_after_that():
     weight = torch.linspace(-1, 1, 4096).reshape(64, 64)
     packed, state = quantize_4bit(weight, quant_type="nf4")
     assert (dequantize_4bit(packed, state) - weight).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_a_base_in_4_bits(tiny, tmp_path, dora):
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.integrations import dequantize_module_weight
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    torch.manual_seed(0)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(
+        r=4, use_dora=dora, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=how, device_map={"": "cpu"}, dtype=torch.float32)
+    layer = add_adapter(base, tmp_path).base_model.model.model.layers[0].self_attn.q_proj
+    changed = dequantize_module_weight(layer.get_base_layer()) + layer.scaling["default"] * (
+        layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    if dora:
+        changed *= (layer.lora_magnitude_vector["default"].weight / changed.norm(dim=1)).unsqueeze(1)
+    x = torch.randn(2, 5, layer.in_features)
+    with torch.no_grad():
+        expected = x @ changed.t()
+        assert (layer(x) - expected).abs().max() < 0.01 * expected.abs().max()
