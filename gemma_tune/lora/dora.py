@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
 
 
 class Dora(DoraLinearVariant):
@@ -93,8 +94,8 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 def _weight(layer: Any) -> torch.Tensor:
-    """W (out, in) in fp32; of a 4-bit layer, what it computes with."""
-    return dequantize_module_weight(layer.get_base_layer()).detach().float()
+    """W (out, in) in fp32; of a 4-bit layer, what it computes with. GPT-2's layers have it the other way round."""
+    return transpose(dequantize_module_weight(layer.get_base_layer()).detach().float(), layer.fan_in_fan_out)
 
 
 def _install(layer: Any, name: str, variant: Dora) -> None:

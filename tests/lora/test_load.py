@@ -1,4 +1,4 @@
-"""PEFT's import, and adapters on bases in 4 bits."""
+"""PEFT's import, and adapters on layers of other kinds."""
 
 from __future__ import annotations
 
@@ -68,3 +68,24 @@ def test_an_adapter_on_a_base_in_4_bits(tiny, tmp_path, dora):
     with torch.no_grad():
         expected = x @ changed.t()
         assert (layer(x) - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_layers_that_lie_the_other_way_round(tmp_path, dora):
+    """GPT-2's, of which some are square."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)).eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(base, LoraConfig(r=4, use_dora=dora, fan_in_fan_out=True, target_modules=["c_attn", "c_proj"],
+                                            task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    for layer in tuned.modules():  # as after a training
+        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+            magnitude.weight.data *= 1 + torch.rand_like(magnitude.weight)
+    tuned.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        ours = add_adapter(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")(ids).logits
+        torch.testing.assert_close(ours, tuned(ids).logits, rtol=1e-4, atol=1e-4)
