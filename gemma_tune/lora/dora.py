@@ -86,11 +86,11 @@ def settle(model: torch.nn.Module) -> None:
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[Any, str]]:
-    """DoRA layers with the name of their adapter."""
+    """Linear DoRA layers with the name of their adapter; embeddings are PEFT's to compute."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             yield from ((layer, name) for name, kind in layer.lora_variant.items()
-                        if isinstance(kind, DoraLinearVariant))
+                        if isinstance(kind, DoraLinearVariant) and name in layer.lora_A)
 
 
 def _weight(layer: Any) -> torch.Tensor:

@@ -89,3 +89,21 @@ def test_an_adapter_on_layers_that_lie_the_other_way_round(tmp_path, dora):
     with torch.no_grad():
         ours = add_adapter(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")(ids).logits
         torch.testing.assert_close(ours, tuned(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_the_embedding_beside_layers(tiny, tmp_path, dora, dtype):
+    """`merge --adapter` takes such, and compares with base and adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), LoraConfig(
+        r=4, use_dora=dora, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    tuned.save_pretrained(tmp_path, save_embedding_layers=False)
+    ids = torch.arange(9)[None] + 3
+    with torch.no_grad():
+        expected = tuned(ids).logits
+        ours = add_adapter(AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype), tmp_path)(ids).logits.float()
+    assert (ours - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.05) * expected.abs().max()
