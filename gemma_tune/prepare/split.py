@@ -31,8 +31,9 @@ def most_valid(rows: int) -> int:
 def choose_valid(prompt_hash: np.ndarray, valid: float, fewest: int = 0, most: int | None = None) -> np.ndarray:
     """Choose the rows for validation.
 
-    A share looks at each hash alone, so rows that are added later never move the others. Rows with the same hash, which
-    ask the same, stay on one side. Where there are two different hashes and ``valid`` is above zero, no side is empty.
+    A share looks at each hash alone, so rows that are added later never move the others, but for what the fewest and
+    the most ask for. Rows with the same hash, which ask the same, stay on one side. Where there are two different
+    hashes and ``valid`` is above zero, no side is empty.
 
     Args:
         prompt_hash: uint64, shape (rows,): a hash of each row's prompt and of the seed, evenly spread over 64 bits.
