@@ -263,7 +263,8 @@ class Judge:
         return {**example, **written}
 
     def _difference(self, row: Row, example: PreparedRow) -> str:
-        found = self.chat.difference(example["messages"], example.get("tools"), train_on=self.config.train_on)
+        train_on = "all" if MARK in example else self.config.train_on  # as it was encoded
+        found = self.chat.difference(example["messages"], example.get("tools"), train_on=train_on)
         return f"{row.file}:{row.line}: {found}"
 
     def _too_long(self, outcome: Outcome, kind: str, example: PreparedRow) -> Problem:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.prepare.judge import Judge
+from support.command import write_rows
 from support.prepared import format_of, with_template
 from support.templates import TOOLS, assistant, call, user
 
@@ -28,3 +31,22 @@ def test_other_tools_make_another_prompt(judge):
 def test_the_ids_of_calls_and_the_answer_do_not(judge):
     prompts = [judge._prompt(asked(*how)) for how in (("a", TOOLS), ("b", TOOLS), ("b", TOOLS, "It is wet."))]
     assert len(set(prompts)) == 1
+
+
+LAST_THOUGHT = """{{ bos_token }}{{ tools | tojson }}{% for m in messages %}<start_of_turn>{{ m.role }}
+{% if m.reasoning_content and loop.last %}[{{ m.reasoning_content }}] {% endif %}{{ m.content }}
+{%- for one in m.tool_calls or [] %}{{ one.function | tojson }}{% endfor %}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("which", ["all", "last"])
+def test_how_an_answer_that_is_judged_becomes_several_sequences_is_told_whatever_is_learned_of_others(cli, tiny, which):
+    Path("last.jinja").write_text(LAST_THOUGHT)
+    turns = [user("Weather in Oslo?"), call("weather", city="Oslo") | {"reasoning_content": "hmm"},
+             {"role": "tool", "content": "wet"}, assistant("It rains.")]
+    write_rows(Path("rows.jsonl"), [{"messages": turns, "tools": TOOLS, "label": n > 0} for n in range(2)])
+    said = cli("prepare", "rows.jsonl", "--model", tiny, "--chat-template", "last.jinja", "--valid", 0, "--train-on", which)
+    assert said.code == 0, said.err
+    assert "2 rows become several sequences" in said.err and "rows.jsonl:1: the chat template is not prefix-consistent" in said.err
+    assert "1 good, 1 bad" in said.err
