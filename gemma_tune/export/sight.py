@@ -127,8 +127,11 @@ def _of_the_same(session: Session, made: Path) -> Mapping[str, Any] | None:
 def shown(session: Session, sight: Sight, ggufs: Collection[Path]) -> Sight:
     """The file with what came of showing llama.cpp a picture or two with it, beside the smallest of the GGUF files.
 
+    An older llama.cpp may know the text model and not what it sees with: that is no reason to lose files that took
+    long, unless the check was asked for.
+
     Raises:
-        WorkFailed: llama.cpp cannot load both, or does not take a picture.
+        WorkFailed: it was, and llama.cpp cannot load both, or does not take a picture.
     """
     if session.config.verify is False:
         return sight
@@ -141,9 +144,13 @@ def shown(session: Session, sight: Sight, ggufs: Collection[Path]) -> Sight:
     try:
         apart = _apart(sight, gguf)
     except WorkFailed as e:
-        raise WorkFailed(f"{sight.path.name} beside {name}: {e.message}",
-                         "update llama.cpp (pip install --upgrade xllamacpp); --no-verify takes the files unchecked, "
-                         "--no-vision leaves pictures out") from e
+        refused = f"{sight.path.name} beside {name}: {e.message}"
+        hint = ("update llama.cpp (pip install --upgrade xllamacpp); --no-verify takes the files unchecked, "
+                "--no-vision leaves pictures out")
+        if session.config.verify:
+            raise WorkFailed(refused, hint) from e
+        session.listener.warn(f"{refused}. Text is answered as checked; for pictures {hint}")
+        return replace(sight, unchecked=f"{UNCHECKED}{refused}")
     if apart == 0:
         session.listener.warn("llama.cpp begins its answers about two different pictures alike: see whether the base "
                               "model sees")

@@ -82,7 +82,8 @@ def settle(model: torch.nn.Module) -> None:
             norm = torch.linalg.vector_norm(_weight(layer) + layer.scaling[name] * (b @ a), dim=1)
             _install(layer, name, Dora(gain=layer.lora_magnitude_vector[name].weight.detach() / norm))
             if (dtype := layer.get_base_layer().weight.dtype).is_floating_point:
-                layer.lora_A[name].to(dtype), layer.lora_B[name].to(dtype)
+                layer.lora_A[name].to(dtype)
+                layer.lora_B[name].to(dtype)
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[Any, str]]:

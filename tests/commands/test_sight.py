@@ -216,9 +216,9 @@ def test_what_is_not_checked_is_listed(cli, seeing, monkeypatch, lacking, reason
     assert "engine" not in result.json["summary"]["projector"]
 
 
-def test_nothing_finished_is_lost_where_llama_cpp_does_not_take_it(cli, quick, seeing, monkeypatch):
-    assert quick().code == 0
-    before = {path: path.read_bytes() for path in (RUN / "ollama").iterdir()}
+@pytest.fixture
+def unknown_eye(monkeypatch):
+    """What a model sees with is of a kind that llama.cpp does not know."""
     write = sight.write_projector
 
     def unknown(projector, checkpoint, path, **more):
@@ -227,7 +227,22 @@ def test_nothing_finished_is_lost_where_llama_cpp_does_not_take_it(cli, quick, s
         return written
 
     monkeypatch.setattr(sight, "write_projector", unknown)
-    result = cli("export-ollama", "--quant", "q8_0", "--no-measure", "--no-create", "--force")
+
+
+def test_an_eye_that_llama_cpp_does_not_take_costs_no_file(cli, seeing, unknown_eye):
+    result = cli("export-ollama", "--quant", "q8_0", "--no-measure", "--no-create", "--json")
+    assert result.code == 0 and Q8.is_file() and PROJECTOR.is_file()
+    refused = f"{PROJECTOR.name} beside {Q8.name}: llama.cpp cannot load"
+    assert any(said.startswith(refused) and "Text is answered as checked" in said for said in result.json["warnings"])
+    assert any(said.startswith(f"pictures: {refused}") for said in result.json["summary"]["unchecked"])
+    assert "engine" not in result.json["summary"]["projector"]
+
+
+def test_nothing_finished_is_lost_where_the_check_was_asked_for(cli, quick, seeing, request):
+    assert quick().code == 0
+    before = {path: path.read_bytes() for path in (RUN / "ollama").iterdir()}
+    request.getfixturevalue("unknown_eye")
+    result = cli("export-ollama", "--quant", "q8_0", "--no-measure", "--no-create", "--force", "--verify")
     assert result.code == 1 and f"{PROJECTOR.name} beside {Q8.name}: " in result.err and "llama.cpp cannot load" in result.err
     assert "--no-vision leaves pictures out" in result.err
     assert {path: path.read_bytes() for path in (RUN / "ollama").iterdir()} == before
