@@ -163,7 +163,8 @@ def _is_tls(error: BaseException | None) -> bool:
 
 
 def client_of(url: str, timeout: float) -> httpx.Client:
-    """Like Ollama's own client, no proxy for this machine, whatever HTTP_PROXY says; and certificates for https alone.
+    """Like Ollama's own client, no proxy for this machine, whatever HTTP_PROXY says; and there no certificates without
+    https. Elsewhere a proxy may speak TLS.
 
     Raises:
         UserError: a proxy or certificates of the environment that cannot be used.
@@ -175,7 +176,7 @@ def client_of(url: str, timeout: float) -> httpx.Client:
         loopback = host == "localhost"
     limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
     try:
-        verify = _certificates() if url.startswith("https:") else False
+        verify = False if loopback and url.startswith("http:") else _certificates()
         return httpx.Client(base_url=url, timeout=limits, trust_env=not loopback, verify=verify)
     except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:
         names = ("SSL_CERT_FILE", "SSL_CERT_DIR") if isinstance(error, OSError) else (

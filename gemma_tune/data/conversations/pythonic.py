@@ -1,9 +1,8 @@
 """Tool calls that are written as Python calls functions, as ToolACE, Llama 4's prompts and LFM2 have them.
 
 The assistant says ``[get_rate(currency="USD", days=[1, 2]), Close Account(id=7)]`` and nothing else, but for what it
-says beside marks around that. The functions are
-a JSON list in the system prompt, which also says that calls are written so, or the row's tools. By their names calls
-are told from other texts, as names with spaces are no Python.
+says beside marks around that. The functions are a JSON list in the system prompt, which also says that calls are
+written so, or the row's tools. By their names calls are told from other texts, as names with spaces are no Python.
 """
 
 from __future__ import annotations
