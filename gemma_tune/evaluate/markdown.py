@@ -13,7 +13,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, rough_rows, task_rows
 from gemma_tune.run.session import Session
 
-_FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")  # of code
+_FENCE = re.compile(r"\s*(`{3,}(?!.*`)|~{3,})(.*)")  # of code; with backticks behind it, that is code within the line
 
 
 def report(session: Session, summary: dict[str, Any]) -> str:

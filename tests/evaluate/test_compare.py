@@ -35,3 +35,7 @@ def test_better_answers_that_became_less_likely_while_they_are_preferred_are_not
 def test_html_shows_as_it_is_behind_code_whatever_fences_are_in_that(code):
     lines = _quoted(f"{code}\n<img src=x>")
     assert lines[-1] == "> &lt;img src=x>" and "> <b>" in lines
+
+
+def test_html_shows_as_it_is_behind_code_within_a_line():
+    assert _quoted("```a = 1```\n<img src=x>") == ["> ```a = 1```", "> &lt;img src=x>"]
