@@ -13,7 +13,7 @@ from gemma_tune.base.files import cache_dir
 from gemma_tune.base.words import gigabytes, size_text
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.doctor.finding import BROKEN, LOOK, OK, Finding
-from gemma_tune.hub.access import offline_wanted, request_for
+from gemma_tune.hub.access import request_for
 from gemma_tune.models.licence import base_licence
 from gemma_tune.models.placement import USABLE, available, choose_placement
 from gemma_tune.models.quantised import quantisation, refuse_untrainable
@@ -66,7 +66,7 @@ def had(model: BaseModel) -> Iterator[Finding]:
     name = licence.get("license_name") or licence.get("license")
     if name:
         link = f", {licence['license_link']}" if licence.get("license_link") else ""
-        asked = model.source == "hub" and not offline_wanted()
+        asked = model.source == "hub" and not model.from_cache
         accepted = ", and this account may read it" if asked else ""
         yield Finding("licence", OK, f"{name}{link}{accepted}")
     else:

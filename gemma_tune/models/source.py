@@ -46,7 +46,8 @@ class BaseModel:
     """A base model on this machine.
 
     ``id`` is what the user named, ``path`` the checkpoint's directory, ``revision`` the hub commit or None, and
-    ``fingerprint`` changes with the weights, the configuration or the tokenizer.
+    ``fingerprint`` changes with the weights, the configuration or the tokenizer. ``from_cache`` is true of a model of
+    the Hub that this was not asked about now.
     """
 
     id: str
@@ -57,6 +58,7 @@ class BaseModel:
     fingerprint: str
     files: dict[str, Any]
     origin: Path | None = None
+    from_cache: bool = False
 
     def record(self, root: Path) -> dict[str, Any]:
         """What the manifest keeps: paths relative to the run at ``root``."""
@@ -161,7 +163,7 @@ def _from_hub(model_id: str, revision: str | None, listener: Listener, weights: 
     found = fetch_model(model_id, revision, weights=weights, on_progress=listener.progress)
     refuse_damaged_copy(Path(found.path), weights=False)
     return BaseModel(found.id, model_name(found.id), "hub", Path(found.path), found.revision,
-                     f"{found.id}@{found.revision}", {})
+                     f"{found.id}@{found.revision}", {}, from_cache=found.from_cache)
 
 
 def _from_directory(path: Path, listener: Listener, known: Mapping[str, Any] | None) -> BaseModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections import namedtuple
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.doctor import around, compute, examination, finding, libraries, model
+from gemma_tune.hub import access
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import locate
 from support.command import ROOT
@@ -212,12 +212,18 @@ def test_a_model_that_may_be_read_is_not_downloaded(cli, hub, monkeypatch, tmp_p
     assert not hub.paths("GET", ".safetensors"), "no weights"
 
 
-@pytest.mark.parametrize("offline", ["", "1"])
-def test_that_an_account_may_read_a_model_is_not_said_where_nobody_is_asked(monkeypatch, tiny, offline):
-    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+@pytest.mark.parametrize("how", ["asked", "forbidden", "fails", "by commit"])
+def test_that_an_account_may_read_a_model_is_not_said_where_nobody_is_asked(hub, monkeypatch, tmp_path, how):
+    hub.isolate(monkeypatch, tmp_path / "home", token=GOOD)
+    monkeypatch.setattr(access, "_WAITS", ())
     monkeypatch.setattr(model, "base_licence", lambda _: {"license": "gemma"})
-    licence = [*model.had(replace(locate(str(tiny), None, Listener()), source="hub", revision="a" * 40))][-1]
-    assert licence.found == ("gemma" if offline else "gemma, and this account may read it")
+    commit = locate(ID, None, Listener()).revision
+    if how == "forbidden":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if how == "fails":
+        hub.fail("api/models", 503)
+    licence = [*model.had(locate(ID, commit if how == "by commit" else None, Listener(), weights=False))][-1]
+    assert licence.found == ("gemma, and this account may read it" if how == "asked" else "gemma")
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
