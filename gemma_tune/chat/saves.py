@@ -171,10 +171,12 @@ class Saves:
 
 
 def _put_at_end(path: Path, start: int, before: bytes, content: bytes) -> None:
-    """Let a file go on with ``content`` from ``start`` on, where ``before`` stands, which comes back on a full disk."""
+    """Let a file go on with ``content`` from ``start`` on, where ``before`` stands, which comes back on a full disk;
+    with nothing there, from the file's end, which another chat may have moved by now."""
     with open(path, "ab", buffering=0) as f:
-        f.truncate(start)
-        left = content
+        if before:
+            f.truncate(start)
+        start, left = f.seek(0, os.SEEK_END), content
         try:
             while left:
                 left = left[f.write(left):]

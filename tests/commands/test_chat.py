@@ -660,6 +660,20 @@ def test_what_was_saved_stays_where_there_is_no_room_for_more(tmp_path):
     assert saves.save(longer) == (path, True) and len(path.read_bytes().splitlines()) == 1
 
 
+def test_what_another_chat_saves_meanwhile_stays(tmp_path, monkeypatch):
+    saves, start_of, path = Saves(RunDir(tmp_path, "m"), {}), Saves._start_of_earlier_state, tmp_path / "saved.jsonl"
+
+    def meanwhile(*args):
+        with open(path, "ab") as f:
+            f.write(b'{"messages": []}\n')
+        return start_of(*args)
+
+    path.write_bytes(b'{"messages": [1]}\n')
+    monkeypatch.setattr(Saves, "_start_of_earlier_state", meanwhile)
+    assert saves.save(turns("one", "first")) == (path, True)
+    assert [len(json.loads(line)["messages"]) for line in path.read_bytes().splitlines()] == [1, 0, 2]
+
+
 @pytest.mark.parametrize(("prepared", "expected"), [
     ({"data": ["../../my rows.jsonl", "hf:org/name:train"]}, ["my rows.jsonl", "hf:org/name:train", "runs/m/saved.jsonl"]),
     ({"data": ["saved.jsonl"]}, ["runs/m/saved.jsonl"]),
