@@ -121,7 +121,7 @@ class Saves:
             raise UserError(f"{path} is not a file", "name a file: /save FILE")
         with open(path, "a+b") as f:
             f.seek(0)
-            last = b""  # that is not blank
+            last = line = b""  # the last one that is not blank, and the last one
             for line in f:
                 if line.rstrip(b"\n") == row.rstrip(b"\n"):
                     return False
@@ -129,7 +129,7 @@ class Saves:
             _refuse_other_content(path, last)
             end = f.seek(0, os.SEEK_END)
         start = self._start_of_earlier_state(path, last, end)
-        missing = b"" if start < end or last.endswith(b"\n") or not end else b"\n"
+        missing = b"" if start < end or line.endswith(b"\n") or not end else b"\n"
         _put_at_end(path, start, last if start < end else b"", missing + row)
         self._last = path.resolve(), start + len(missing), row
         return True

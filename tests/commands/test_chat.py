@@ -674,6 +674,16 @@ def test_what_another_chat_saves_meanwhile_stays(tmp_path, monkeypatch):
     assert [len(json.loads(line)["messages"]) for line in path.read_bytes().splitlines()] == [1, 0, 2]
 
 
+@pytest.mark.parametrize("end", ["\n", "", "\n \n", "\n  "])
+def test_a_row_is_a_line_of_its_own_and_saved_once_whatever_a_file_ends_with(tmp_path, end):
+    path = tmp_path / "saved.jsonl"
+    path.write_text('{"messages": []}' + end)
+    for changed in (True, False):
+        assert Saves(RunDir(tmp_path, "m"), {}).save(turns("one", "first")) == (path, changed)
+    lines = path.read_text().splitlines()
+    assert lines[0] == '{"messages": []}' and json.loads(lines[-1]) == {"messages": turns("one", "first")}
+
+
 @pytest.mark.parametrize(("prepared", "expected"), [
     ({"data": ["../../my rows.jsonl", "hf:org/name:train"]}, ["my rows.jsonl", "hf:org/name:train", "runs/m/saved.jsonl"]),
     ({"data": ["saved.jsonl"]}, ["runs/m/saved.jsonl"]),
