@@ -145,12 +145,13 @@ def shown(session: Session, sight: Sight, ggufs: Collection[Path]) -> Sight:
         apart = _apart(sight, gguf)
     except WorkFailed as e:
         refused = f"{sight.path.name} beside {name}: {e.message}"
-        hint = ("update llama.cpp (pip install --upgrade xllamacpp); --no-verify takes the files unchecked, "
-                "--no-vision leaves pictures out")
+        update = "update llama.cpp (pip install --upgrade xllamacpp)"
         if session.config.verify:
-            raise WorkFailed(refused, hint) from e
-        session.listener.warn(f"{refused}. Text is answered as checked; for pictures {hint}")
-        return replace(sight, unchecked=f"{UNCHECKED}{refused}")
+            raise WorkFailed(refused, f"{update}; --no-verify takes the files unchecked, "
+                                      "--no-vision leaves pictures out") from e
+        session.listener.warn(f"{refused}. Text is answered as checked; for pictures {update}, then repeat with "
+                              "--verify, or leave them out with --no-vision")
+        return replace(sight.for_new_files, unchecked=f"{UNCHECKED}{refused}")
     if apart == 0:
         session.listener.warn("llama.cpp begins its answers about two different pictures alike: see whether the base "
                               "model sees")

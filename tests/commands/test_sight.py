@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gemma_tune.base.errors import UserError
+from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.export import senses, served_sight, sight
 from gemma_tune.gguf.reader import read_gguf_metadata
 from support.command import MANIFEST_SCHEMA, QUICK, copied_run, invoke, rows, write_rows
@@ -236,6 +236,27 @@ def test_an_eye_that_llama_cpp_does_not_take_costs_no_file(cli, seeing, unknown_
     assert any(said.startswith(refused) and "Text is answered as checked" in said for said in result.json["warnings"])
     assert any(said.startswith(f"pictures: {refused}") for said in result.json["summary"]["unchecked"])
     assert "engine" not in result.json["summary"]["projector"]
+
+
+def test_an_eye_that_llama_cpp_takes_once_it_is_newer_is_shown_pictures_then(cli, seeing, monkeypatch):
+    """Nor is it said that an older one, which does not take it, was shown any."""
+    look = sight._apart
+
+    def refused(*_):
+        raise WorkFailed("llama.cpp cannot load it")
+
+    def export(apart, *args):
+        monkeypatch.setattr(sight, "_apart", apart)
+        result = cli("export-ollama", "--quant", "q8_0", "--no-create", "--json", *args)
+        assert result.code == 0, result.err
+        return result.json["warnings"], result.json["summary"]
+
+    [warning], _ = export(refused, "--no-measure")
+    assert warning.endswith("then repeat with --verify, or leave them out with --no-vision")
+    warnings, summary = export(look, "--no-measure", "--verify")
+    assert not warnings and "engine" in summary["projector"] and "unchecked" not in summary
+    [_], summary = export(refused, "--measure")
+    assert "engine" not in summary["projector"] and any("cannot load it" in said for said in summary["unchecked"])
 
 
 def test_nothing_finished_is_lost_where_the_check_was_asked_for(cli, quick, seeing, request):
