@@ -41,6 +41,7 @@ from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 _TOO_LONG = "too_long"
 T = TypeVar("T")
 _as_key = json.JSONEncoder(sort_keys=True).encode
+_as_text = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 _AHEAD = 2  # blocks for each process that wait or are being worked on
 
 
@@ -309,7 +310,7 @@ def _beside(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
     for turn in turns:
         if "reasoning_content" in turn:
             yield turn["reasoning_content"]
-        yield from (_as_key(call["function"]) for call in turn.get("tool_calls", ()))
+        yield from (_as_text(call["function"]) for call in turn.get("tool_calls", ()))
 
 
 def _signature(example: PreparedRow, texts: Sequence[str]) -> bytes:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.prepare.judge import Judge
+from gemma_tune.prepare.judge import Judge, _beside
+from gemma_tune.prepare.near import signature, similarity
 from support.command import write_rows
 from support.prepared import format_of, with_template
 from support.templates import TOOLS, assistant, call, user
@@ -31,6 +32,15 @@ def test_other_tools_make_another_prompt(judge):
 def test_the_ids_of_calls_and_the_answer_do_not(judge):
     prompts = [judge._prompt(asked(*how)) for how in (("a", TOOLS), ("b", TOOLS), ("b", TOOLS, "It is wet."))]
     assert len(set(prompts)) == 1
+
+
+@pytest.mark.parametrize("letters", ["abcdefghijkl", "абвгдежзиклм"])
+def test_calls_are_compared_by_words_in_every_script(letters):
+    """Two of forty words that differ by a letter are too much; in JSON's escapes each letter would be a word."""
+    words = ["".join(letters[(n + 5 * k) % 12] for k in range(4)) + letters[n // 4 % 12] * (n % 3 + 4) for n in range(40)]
+    other = [word[:-1] + letters[(n + 7) % 12] if n in (9, 25) else word for n, word in enumerate(words)]
+    signatures = [signature([*_beside([call("note", words=text)])]) for text in (" ".join(words), " ".join(other), " ".join(words).upper())]
+    assert similarity(signatures[0], signatures[1]) < 0.85 and similarity(signatures[0], signatures[2]) == 1
 
 
 LAST_THOUGHT = """{{ bos_token }}{{ tools | tojson }}{% for m in messages %}<start_of_turn>{{ m.role }}
