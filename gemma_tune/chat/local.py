@@ -52,7 +52,7 @@ class LocalVoice:
         self.model.generation_config.cache_implementation = None
 
     @property
-    def context(self) -> int:
+    def context(self) -> int | None:
         return context_of(self.model)
 
     def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Stream:
