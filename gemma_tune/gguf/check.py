@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -75,10 +76,10 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
     shards = together({architecture.canonical(name): (path, name) for name, path in shards_of(checkpoint).items()})
     specs = [spec for spec in architecture.tensors if spec.values is not None
              or {spec.source, *(f"{in_model(spec.source or '')[0]}{part}" for part in ("", PACKED[0]))} & shards.keys()]
-    problems = _missing_and_unknown(file, architecture, specs)
+    held = [(spec, _stored_as(spec, file, architecture)) for spec in specs]
+    problems = missing_and_unknown(file, held)
     worst, where = 0.0, ""
-    for spec in specs if not problems else ():
-        name = _stored_as(spec, file, architecture)
+    for spec, name in held if not problems else ():
         if rounded := (calibrated or {}).get(name):
             if file.sha256(name) != rounded.sha256:
                 problems.append(f"{name}: not what was written")
@@ -108,11 +109,15 @@ def _stored_as(spec: TensorSpec, file: GgufFile, architecture: Architecture) -> 
     return next(other.name for other in architecture.tensors if other.source == spec.tied_to)
 
 
-def _missing_and_unknown(file: GgufFile, architecture: Architecture, specs: list[TensorSpec]) -> list[str]:
-    names = {spec.name for spec in specs}
-    problems = [f"{name}: unknown" for name in sorted(file.tensors.keys() - names)]
-    for spec in specs:
-        stored = file.tensors.get(_stored_as(spec, file, architecture))
+def missing_and_unknown(file: GgufFile, held: Sequence[tuple[Any, str]]) -> list[str]:
+    """What is wrong with a file's tensors, without a look at their values.
+
+    Args:
+        held: what it is to hold, each with a ``name`` and a ``shape``, and the name of the tensor that has its values.
+    """
+    problems = [f"{name}: unknown" for name in sorted(file.tensors.keys() - {spec.name for spec, _ in held})]
+    for spec, name in held:
+        stored = file.tensors.get(name)
         if stored is None:
             problems.append(f"{spec.name}: missing")
         elif stored.shape != spec.shape:

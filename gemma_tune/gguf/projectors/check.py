@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.gguf.check import LARGEST_ERROR, excess, relative, shards_of
+from gemma_tune.gguf.check import excess, missing_and_unknown, relative, shards_of
 from gemma_tune.gguf.projectors.parts import Projector, TowerTensor
 from gemma_tune.gguf.reader import GgufFile
 
@@ -27,7 +27,7 @@ def check_projector(projector: Projector, checkpoint: Path, path: Path) -> tuple
     file = GgufFile(path, keys=())
     shards = {source: (shard, name) for name, shard in shards_of(checkpoint).items()
               if (source := projector.source_of(name))}
-    problems = _missing_and_unknown(file, projector)
+    problems = missing_and_unknown(file, [(spec, spec.name) for spec in projector.tensors])
     worst, where = 0.0, ""
     for spec in projector.tensors if not problems else ():
         error, most = _compared(spec, file, *shards[spec.source])
@@ -39,19 +39,6 @@ def check_projector(projector: Projector, checkpoint: Path, path: Path) -> tuple
         raise WorkFailed(f"{path.name} does not hold the towers of {checkpoint}", "please report this",
                          problems[:_SHOWN])
     return worst, where
-
-
-def _missing_and_unknown(file: GgufFile, projector: Projector) -> list[str]:
-    problems = [f"{name}: unknown" for name in sorted(file.tensors.keys() - {spec.name for spec in projector.tensors})]
-    for spec in projector.tensors:
-        stored = file.tensors.get(spec.name)
-        if stored is None:
-            problems.append(f"{spec.name}: missing")
-        elif stored.shape != spec.shape:
-            problems.append(f"{spec.name}: {stored.shape} instead of {spec.shape}")
-        elif stored.type not in LARGEST_ERROR:
-            problems.append(f"{spec.name}: unexpected type {stored.type.name}")
-    return problems
 
 
 def _compared(spec: TowerTensor, file: GgufFile, shard: Path, name: str) -> tuple[float, float]:

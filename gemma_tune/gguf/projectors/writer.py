@@ -49,14 +49,14 @@ class PlannedTower:
 
 
 def write_projector(
-    projector: Projector, checkpoint: Path, path: Path, *, name: str | None = None,
+    projector: Projector, checkpoint: Path, path: Path, *, name: str,
     on_progress: Callable[[int, int, str], None] | None = None,
 ) -> GgufSummary:
     """Write what ``projector_of`` made of ``checkpoint`` as the GGUF file ``path``.
 
     Args:
         path: an earlier file is replaced only when the new one is whole.
-        name: the model's name for people; by default the folder's.
+        name: the model's name for people.
         on_progress: called after each tensor with how many are done, how many there are, and its name.
 
     Returns:
@@ -72,7 +72,7 @@ def write_projector(
         writer = gguf.GGUFWriter(partial, ARCHITECTURE)
         stack.callback(writer.close)
         add_tensor_infos(writer, plan)
-        add_general(writer, name or checkpoint.resolve().name, gguf.GGUFType.MMPROJ)
+        add_general(writer, name, gguf.GGUFType.MMPROJ)
         projector.metadata(writer)
         writer.add_file_type(FILE_TYPES[QUANT])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
