@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.bounds import Slow
 from gemma_tune.encoding.ending import Reader
+from gemma_tune.encoding.eye import PICTURES, Eye, pictures_of, with_parts
 from gemma_tune.encoding.labels import Draft, Encoded, FormatError, Labeller
 from gemma_tune.encoding.left_out import (
     QUESTION,
@@ -74,6 +75,9 @@ class ChatFormat:
         template: Jinja source in the place of the tokenizer's own.
         named: what that is called in messages, such as its file.
 
+    Attributes:
+        eye: what the model sees pictures with; None where it takes text alone.
+
     Raises:
         NoTemplate: the tokenizer has none, and none is known for the family.
         UserError: several templates of which none is `default`, one that does not end an assistant's turn, one
@@ -83,6 +87,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, model_type: str, other_stop_ids: Sequence[int] = (), thinking: str = "auto",
                  template: str | None = None, named: str = "that was named"):
         self.tokenizer, self.other_stop_ids, self.thinking = tokenizer, tuple(other_stop_ids), thinking
+        self.eye: Eye | None = None
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UserError(f"this model's tokenizer ({type(tokenizer).__name__}) has no tokenizer.json",
                             "convert it with transformers, or use another model")
@@ -220,8 +225,21 @@ class ChatFormat:
         return self.render(messages, prompt=True, tools=tools).removeprefix(bos)
 
     def prompt_ids(self, messages: Messages, tools: Tools = None) -> list[int]:
-        """Ids of the prompt for the next answer, with exactly one BOS."""
-        return self._labeller.ids(self.render(messages, prompt=True, tools=tools))
+        """Ids of the prompt for the next answer, with exactly one BOS; of a picture all tokens that stand for it.
+
+        Raises:
+            FormatError: the template refuses the conversation, or does not show its pictures.
+        """
+        text = self.render(messages, prompt=True, tools=tools)
+        if pictures := pictures_of(messages):
+            text = self._seeing.shown(text, pictures)
+        return self._labeller.ids(text)
+
+    @property
+    def _seeing(self) -> Eye:
+        if self.eye is None:
+            raise FormatError("it has a picture, and the model takes text alone")
+        return self.eye
 
     def refuse_left_out(self, messages: Messages, tools: Tools = None) -> None:
         """Find out that the template has a place for all of a conversation.
@@ -255,16 +273,21 @@ class ChatFormat:
         drafts: list[list[Draft] | FormatError] = []
         for messages, tools in items:
             try:
-                drafts.append(self.drafts(messages, tools, train_on=train_on))
+                made = self.drafts(messages, tools, train_on=train_on)
+                drafts.append([self._seeing.drawn(draft) if draft.pictures else draft for draft in made])
             except FormatError as e:
                 drafts.append(e)
-        encoded = iter(self._labeller.encode([d for row in drafts if isinstance(row, list) for d in row]))
+        encoded = iter(self._encoded([d for row in drafts if isinstance(row, list) for d in row]))
         results: list[list[Encoded] | FormatError] = []
         for row in drafts:
             sequences = row if isinstance(row, FormatError) else [next(encoded) for _ in row]
             failures = [s for s in sequences if isinstance(s, FormatError)] if isinstance(sequences, list) else []
             results.append(failures[0] if failures else sequences)
         return results
+
+    def _encoded(self, drafts: Sequence[Draft]) -> list[Encoded | FormatError]:
+        return [self._seeing.found(draft, result) if draft.pictures and isinstance(result, Encoded) else result
+                for draft, result in zip(drafts, self._labeller.encode(drafts))]
 
     def encode_text(self, text: str) -> Encoded:
         """A plain text for continued training: BOS (if the tokenizer or the template adds one), the text, EOS.
@@ -289,16 +312,16 @@ class ChatFormat:
         self.refuse_left_out(turns, tools)
         folded = len(messages) - len(turns)
         drafts: list[Draft] = []
-        text, learned, seen = "", [], 0
+        text, learned, seen, pictures = "", [], 0, ()
         for i in _learned_turns(messages, train_on):
             prompt, answer, mark = self._turn(turns[:i - folded + 1], tools)
             if learned and not prompt.startswith(text):
-                drafts.append(Draft(text, tuple(learned)))
+                drafts.append(Draft(text, tuple(learned), pictures))
                 learned, seen = [], 0
             refuse_lost_question(turns[seen:i - folded], None if learned else tools, prompt)
-            text, seen = prompt + answer, i - folded
+            text, seen, pictures = prompt + answer, i - folded, tuple(pictures_of(messages[:i]))
             learned.append((len(prompt), len(text), mark))
-        return [*drafts, Draft(text, tuple(learned))] if learned else []
+        return [*drafts, Draft(text, tuple(learned), pictures)] if learned else []
 
     def written(self, turn: dict[str, Any]) -> dict[str, Any]:
         """The turn with no more white space around its texts than the template writes."""
@@ -382,6 +405,7 @@ class ChatFormat:
         """Render turns that :meth:`_for_template` has made, as ``apply_chat_template`` does but for its copies."""
         if not turns:
             raise FormatError("the chat template refuses it: nothing stands before the assistant's turn")
+        turns = [with_parts(turn) if PICTURES in turn else turn for turn in turns]
         try:
             return self._compiled.render(messages=turns, tools=tools or None, add_generation_prompt=prompt,
                                          **self._variables)
@@ -401,7 +425,9 @@ class ChatFormat:
         if not (self.folds_system and len(turns) > 1 and turns[0]["role"] == "system" and turns[1]["role"] == "user"):
             return turns
         system, first, *rest = turns
-        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        before = f"{system['content']}\n\n"
+        moved = [picture | {"at": picture["at"] + len(before)} for picture in first.get(PICTURES, ())]
+        return [{**first, "content": before + first["content"], **({PICTURES: moved} if moved else {})}, *rest]
 
     def _shows_system(self) -> bool:
         """Whether the template writes a system message; some refuse it, and some leave it out in silence."""

@@ -42,10 +42,12 @@ class Encoded:
     Args:
         ids: token ids, int32.
         spans: int32 of shape (k, 2): the ranges of tokens that are learned, half open and ascending.
+        pictures: files of its pictures in order, each with the index behind its last token.
     """
 
     ids: np.ndarray
     spans: np.ndarray
+    pictures: tuple[tuple[str, int], ...] = ()
 
     @property
     def labels(self) -> list[int]:
@@ -78,10 +80,12 @@ class Draft:
         text: prompts and answers, with all special tokens.
         learned: (start, end, mark): character ranges, half open and ascending, each ending with the special token
             ``mark``; the text up to ``start`` is the prompt as it is when the model is asked.
+        pictures: files of the pictures in it, in order.
     """
 
     text: str
     learned: tuple[tuple[int, int, str], ...]
+    pictures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

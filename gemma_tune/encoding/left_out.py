@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gemma_tune.encoding.eye import texts_around
 from gemma_tune.encoding.labels import FormatError
 
 Messages = Sequence[dict[str, Any]]
@@ -80,7 +81,8 @@ def refuse_lost_question(turns: Messages, tools: Tools, prompt: str) -> None:
         FormatError: naming what is left out.
     """
     for turn in turns:
-        if turn["role"] != "assistant" and turn["content"] not in prompt and not _shows(prompt, turn["content"]):
+        if turn["role"] != "assistant" and turn["content"] not in prompt and not all(
+                _shows(prompt, text) for text in texts_around(turn)):
             raise FormatError(f"the chat template leaves out a part of {_NAMES.get(turn['role'], turn['role'])}",
                               about_tools=turn["role"] == "tool")
     for tool in tools or ():

@@ -15,7 +15,8 @@ import numpy as np
 from gemma_tune.encoding.chat_format import ChatFormat, Encoded, FormatError
 
 # A line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}; a pair of answers also has "rejected", the
-# turns in place of those that are learned in its messages, and a judged answer "kto_tag".
+# turns in place of those that are learned in its messages, and a judged answer "kto_tag". A turn's "pictures" are
+# [{"at": character of its content before which it stands, "file": "pictures/…" beside train.jsonl}, …].
 PreparedRow = dict[str, Any]
 MARK = "kto_tag"
 
@@ -194,7 +195,9 @@ def part(sequence: Encoded, start: int, end: int) -> Encoded | None:
     spans = spans[spans[:, 0] < spans[:, 1]]
     if not len(spans):
         return None
-    return Encoded(sequence.ids[start:start + int(spans[-1, 1])], spans)
+    ends = int(spans[-1, 1])
+    seen = tuple((name, at - start) for name, at in sequence.pictures if start < at <= start + ends)
+    return Encoded(sequence.ids[start:start + ends], spans, seen)
 
 
 def _last_that(holds: Callable[[int], bool], low: int, high: int) -> int:

@@ -21,6 +21,7 @@ from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import near, nearest
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.eye import eye_of
 from gemma_tune.encoding.templates import NAMED, shown
 
 _TEMPLATES = (f"gemma-tune prepare --chat-template takes {', '.join(NAMED)}, or a file with a Jinja template, such as "
@@ -55,9 +56,11 @@ def load_format(checkpoint: Path, model_type: str, thinking: str = "auto", templ
             thinking on.
     """
     tokenizer, stop_ids = load_tokenizer(checkpoint), _stop_ids(checkpoint)
-    if template is None:
-        return ChatFormat(tokenizer, model_type, stop_ids, thinking)
-    return ChatFormat(tokenizer, model_type, stop_ids, thinking, read_template(template), shown(template))
+    named = () if template is None else (read_template(template), shown(template))
+    chat = ChatFormat(tokenizer, model_type, stop_ids, thinking, *named)
+    if (checkpoint / "config.json").exists():  # an adapter has none
+        chat.eye = eye_of(checkpoint, tokenizer)
+    return chat
 
 
 def read_template(path: Path) -> str:

@@ -2,8 +2,9 @@
 
 ``train.arrow`` and ``valid.arrow`` in ``data/tokens/`` have the columns ``input_ids`` (list of int32), ``spans``
 (list of int32: start and end of each learned range, one after the other), ``row`` (int32: the line of the JSONL
-file, from 0) and ``answer`` (int8: 1 of a chosen or good answer, -1 of a rejected or bad one, else 0; a pair is two
-sequences, the chosen answer first). The manifest says what they depend on beside the data, see :func:`encoding_key`.
+file, from 0), ``answer`` (int8: 1 of a chosen or good answer, -1 of a rejected or bad one, else 0; a pair is two
+sequences, the chosen answer first) and ``pictures`` (names of files, in order, with spaces between). The manifest says
+what they depend on beside the data, see :func:`encoding_key`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import pyarrow as pa
 
 from gemma_tune.base.files import PACKAGE
 from gemma_tune.base.versions import library_versions
-from gemma_tune.encoding.columns import lists, numbers
+from gemma_tune.encoding.columns import lists, numbers, texts
 from gemma_tune.encoding.labels import labels_of
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32()),
-                    ("answer", pa.int8())])
+                    ("answer", pa.int8()), ("pictures", pa.large_binary())])
 # What decides how a row becomes tokens: a change in one of these files makes older tokens unusable.
 _SOURCES = ("encoding/*.py", "encoding/templates/*.jinja", "data/reading/*.py", "data/conversations/*.py",
             "base/strict_json.py", "prepare/*.py")
@@ -59,6 +60,7 @@ class TokenWriter:
         self._spans: list[np.ndarray] = []
         self._row: list[int] = []
         self._answer: list[int] = []
+        self._pictures: list[bytes] = []
         self._waiting = 0
 
     def __enter__(self) -> TokenWriter:
@@ -69,17 +71,18 @@ class TokenWriter:
         self._writer.close()
         self._sink.close()
 
-    def add(self, sequences: Sequence[tuple[np.ndarray, np.ndarray]], answers: Sequence[int] = (0,)) -> None:
-        """The next row's sequences: ids (int32), and spans (int32: start, end, start, …).
+    def add(self, sequences: Sequence[tuple[np.ndarray, np.ndarray, str]], answers: Sequence[int] = (0,)) -> None:
+        """The next row's sequences: ids (int32), spans (int32: start, end, start, …), and names of pictures.
 
         Args:
             answers: their marks, or one mark for all of them.
         """
-        for n, (ids, spans) in enumerate(sequences):
+        for n, (ids, spans, pictures) in enumerate(sequences):
             self._answer.append(answers[n] if len(answers) > 1 else answers[0])
             # Copies: the arrays are views of a whole block of rows with their texts.
             self._ids.append(ids.copy())
             self._spans.append(spans.copy())
+            self._pictures.append(pictures.encode())
             self._row.append(self.rows)
             self.tokens += len(ids)
             self._waiting += len(ids)
@@ -93,13 +96,14 @@ class TokenWriter:
     def _flush(self) -> None:
         if self._ids:
             columns = [lists(self._ids), lists(self._spans), numbers(self._row, np.int32),
-                       numbers(self._answer, np.int8)]
+                       numbers(self._answer, np.int8), texts(self._pictures)]
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            self._ids, self._spans, self._row, self._answer, self._waiting = [], [], [], [], 0
+            self._ids, self._spans, self._row, self._answer, self._pictures, self._waiting = [], [], [], [], [], 0
 
 
 def open_tokens(path: Path) -> Any:
-    """The sequences as a memory-mapped ``datasets.Dataset`` that yields ``input_ids`` and ``labels``."""
+    """The sequences as a memory-mapped ``datasets.Dataset`` that yields ``input_ids``, ``labels``, and as ``pictures``
+    the names of their files."""
     from datasets import Dataset
 
     return Dataset.from_file(str(path)).with_transform(_with_labels)
@@ -107,7 +111,8 @@ def open_tokens(path: Path) -> Any:
 
 def _with_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     pairs = [(np.asarray(ids, np.int64), spans) for ids, spans in zip(batch["input_ids"], batch["spans"])]
-    return {"input_ids": [ids for ids, _ in pairs], "labels": [labels_of(ids, spans) for ids, spans in pairs]}
+    return {"input_ids": [ids for ids, _ in pairs], "labels": [labels_of(ids, spans) for ids, spans in pairs],
+            "pictures": [names.decode().split() for names in batch["pictures"]]}
 
 
 def lengths_of(dataset: Any) -> np.ndarray:
@@ -135,6 +140,15 @@ def answers_of(dataset: Any) -> np.ndarray:
     one, 0 of what is no answer to be compared."""
     chunks = [np.zeros(0, np.int8), *(chunk.to_numpy() for chunk in dataset.data.column("answer").chunks)]
     return np.concatenate(chunks)
+
+
+def pictures_in(dataset: Any) -> list[str]:
+    """Names of all files of pictures, each once, in their order."""
+    names: dict[str, None] = {}
+    for chunk in dataset.data.column("pictures").chunks:
+        if len(chunk.buffers()[2] or b""):  # of texts alone nothing is walked through
+            names |= dict.fromkeys(b" ".join(chunk.to_pylist()).decode().split())
+    return list(names)
 
 
 def digests_of(dataset: Any) -> set[bytes]:

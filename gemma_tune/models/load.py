@@ -6,7 +6,7 @@ import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_tune.base.checkpoint import read_config, unfit_keys
 from gemma_tune.base.errors import UserError
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHOWN = 20  # problems
+Sight = Literal["none", "features", "towers"]
+# Modules that a picture goes through before the text model, which stay in 16 bits.
+_SEEING = ["vision_tower", "visual", "multi_modal_projector", "embed_vision"]
 
 
 def needs_eager_attention(model_type: str) -> bool:
@@ -72,11 +75,13 @@ def with_decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @loading("the weights")
-def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False, shards: int = 1) -> PreTrainedModel:
+def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False, shards: int = 1,
+               sight: Sight = "none") -> PreTrainedModel:
     """Load a checkpoint for computing; every weight must be there and none may be left over.
 
     Args:
         shards: processes that read and hold a part each (FSDP2); all of them have to call this.
+        sight: ``features`` for a model that takes what was seen in pictures, ``towers`` for one that looks at them.
 
     Raises:
         UserError: missing or unexpected tensors, an unknown architecture, unreadable files, weights that are quantised
@@ -89,12 +94,12 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     quiet_libraries()
     with keeping_garbage():
         from transformers import AutoConfig
-    extra = _where_and_how(config, placement, four_bit, shards)
+    extra = _where_and_how(config, placement, four_bit, shards, sight)
     attention = attention_of(config.get("model_type", ""), towers=isinstance(config.get("text_config"), dict))
     try:
         whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-        with without_towers(whole):
-            model, info = auto_class(whole.model_type).from_pretrained(
+        with without_towers(whole, sees=sight == "towers"):
+            model, info = auto_class(whole.model_type, sees=sight != "none").from_pretrained(
                 checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are told below, by their names and shapes
@@ -125,7 +130,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     return model
 
 
-def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bool, shards: int) -> dict[str, Any]:
+def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bool, shards: int,
+                   sight: Sight) -> dict[str, Any]:
     """What ``from_pretrained`` is told of the device, of four bits and of shards."""
     extra: dict[str, Any] = {}
     if has_packed_experts(config):
@@ -135,12 +141,13 @@ def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bo
     if four_bit:
         from transformers import BitsAndBytesConfig
 
+        # Gemma 3n writes into two of its weights.
+        whole = ["prediction_coefs", "correction_coefs"] if config.get("model_type", "").startswith("gemma3n") else []
+        whole += _SEEING if sight == "towers" else []
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=placement.dtype,
-            # Gemma 3n writes into two of its weights; the head is never quantised.
-            **({"llm_int8_skip_modules": ["lm_head", "prediction_coefs", "correction_coefs"]}
-               if config.get("model_type", "").startswith("gemma3n") else {}))
+            **({"llm_int8_skip_modules": ["lm_head", *whole]} if whole else {}))  # the head is never quantised
     if shards > 1:
         from transformers.distributed import DistributedConfig
 

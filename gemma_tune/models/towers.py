@@ -8,24 +8,29 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.machine import keeping_garbage
+from gemma_tune.lora.layers import TOWERS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-_OF_TOWERS = ("vision_config", "audio_config")
+_EYE, _EAR = "vision_config", "audio_config"
 
 
 @contextmanager
-def without_towers(config: PreTrainedConfig) -> Iterator[None]:
+def without_towers(config: PreTrainedConfig, sees: bool = False) -> Iterator[None]:
     """Models that transformers makes of ``config`` meanwhile have an empty module in the place of each tower.
 
     The names of all other modules stay as they are, and so those of an adapter for the whole model. Families with a
     class of their own for the text model leave their towers out by themselves.
+
+    Args:
+        sees: whether the tower for pictures stays.
     """
     with keeping_garbage():
         from torch import nn
         from transformers import AutoModel, PreTrainedModel
-    towers = {type(part) for name in _OF_TOWERS if (part := getattr(config, name, None)) is not None}
+    towers = {type(part) for name in ((_EAR,) if sees else (_EYE, _EAR))
+              if (part := getattr(config, name, None)) is not None}
 
     def absent(made: Any) -> Any:
         def make(kind: type, config: PreTrainedConfig, *args: Any, **settings: Any) -> Any:
@@ -44,13 +49,27 @@ def without_towers(config: PreTrainedConfig) -> Iterator[None]:
         PreTrainedModel._from_config = by_itself
 
 
-def auto_class(model_type: str) -> Any:
+def blinded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with an empty module in the place of what it sees with, whose memory is free."""
+    from torch import nn
+
+    for name, _ in [*model.model.named_children()]:
+        if TOWERS.search(name):
+            setattr(model.model, name, nn.Module())
+    return model
+
+
+def auto_class(model_type: str, sees: bool = False) -> Any:
     """Transformers' class that loads a family to write text, by ``model_type`` of its config.json; of those that run
-    with their towers only, the class for pictures and text."""
+    with their towers only, the class for pictures and text.
+
+    Args:
+        sees: whether that is wanted of others as well.
+    """
     with keeping_garbage():
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.models.auto import modeling_auto as auto
 
     only_whole = (model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
                   and model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return AutoModelForImageTextToText if only_whole else AutoModelForCausalLM
+    return AutoModelForImageTextToText if only_whole or sees else AutoModelForCausalLM

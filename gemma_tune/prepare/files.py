@@ -144,7 +144,7 @@ class DataFiles:
                 outputs.lines[side].write(texts[n])
                 outputs.tokens[side].add(sequences[n], answers[n])
                 if columns.text[at]:
-                    outputs.of_texts += sum(int(spans[1::2].sum() - spans[::2].sum()) for _, spans in sequences[n])
+                    outputs.of_texts += sum(int(spans[1::2].sum() - spans[::2].sum()) for _, spans, _ in sequences[n])
             elif selection.same_as[at] >= 0:
                 outputs.duplicates.write(json_bytes({
                     **self._place(columns, at), "same_as": self._named(columns, selection.same_as[at]),

@@ -19,7 +19,7 @@ _LISTS = ("ids", "lengths", "counts", "spans", "full_lengths", "full_counts", "f
 SCHEMA = pa.schema([
     ("line", pa.int64()), ("text", pa.large_binary()), ("conversation", pa.binary(16)), ("prompt", pa.uint64()),
     ("turns", pa.int32()), ("script", pa.int8()), ("signature", pa.large_binary()),
-    ("answers", pa.list_(pa.int8())),
+    ("answers", pa.list_(pa.int8())), ("pictures", pa.large_binary()),
     *((name, pa.list_(pa.int32())) for name in _LISTS)])
 
 
@@ -44,12 +44,14 @@ def batch_of(rows: Sequence[Kept]) -> bytes:
 
     ``lengths`` are the tokens of each kept sequence, whose ``ids`` stand one after the other; ``counts`` the number of
     spans of each, and ``spans`` their starts and ends within their own sequence. ``full_…`` are the same without limit.
+    ``pictures`` has a line of names for each kept sequence, where any has a picture.
     """
     columns = [
         numbers([r.line for r in rows], np.int64), texts([r.text for r in rows]),
         hashes([r.conversation for r in rows], 16), numbers([r.prompt for r in rows], np.uint64),
         numbers([r.turns for r in rows], np.int32), numbers([r.script for r in rows], np.int8),
         texts([r.signature for r in rows]), lists([r.answers for r in rows], np.int8),
+        texts([_names(r.outcome.kept) for r in rows]),
         lists([_joined([s.ids for s in r.outcome.kept]) for r in rows]),
         *_shape([r.outcome.kept for r in rows]), *_shape([r.outcome.full for r in rows])]
     sink = pa.BufferOutputStream()
@@ -62,6 +64,11 @@ def _shape(rows: Sequence[Sequence[Any]]) -> list[pa.ListArray]:
     return [lists([np.array([len(s.ids) for s in sequences], np.int32) for sequences in rows]),
             lists([np.array([len(s.spans) for s in sequences], np.int32) for sequences in rows]),
             lists([_joined([s.spans.reshape(-1) for s in sequences]) for sequences in rows])]
+
+
+def _names(sequences: Sequence[Any]) -> bytes:
+    lines = [" ".join(name for name, _ in s.pictures) for s in sequences]
+    return "\n".join(lines).encode() if any(lines) else b""
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -96,16 +103,18 @@ class Batch:
         column = self._batch.column(name)
         return array_of(column.values), array_of(column.offsets)
 
-    def sequences(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-        """Of each row its kept sequences: ids, and spans (starts and ends, flat)."""
+    def sequences(self) -> list[list[tuple[np.ndarray, np.ndarray, str]]]:
+        """Of each row its kept sequences: ids, spans (starts and ends, flat), and the names of pictures."""
         ids, ids_at = self.lists("ids")
         spans, spans_at = self.lists("spans")
         (lengths, lengths_at), (counts, _) = self.lists("lengths"), self.lists("counts")
+        pictures = self.bytes_of("pictures")
         rows = []
         for n in range(self.size):
             row, id_at, span_at = [], ids_at[n], spans_at[n]
-            for s in range(lengths_at[n], lengths_at[n + 1]):
-                row.append((ids[id_at:id_at + lengths[s]], spans[span_at:span_at + 2 * counts[s]]))
+            names = pictures[n].decode().split("\n") if pictures[n] else [""] * int(lengths_at[n + 1] - lengths_at[n])
+            for s, seen in zip(range(lengths_at[n], lengths_at[n + 1]), names, strict=True):
+                row.append((ids[id_at:id_at + lengths[s]], spans[span_at:span_at + 2 * counts[s]], seen))
                 id_at, span_at = id_at + lengths[s], span_at + 2 * counts[s]
             rows.append(row)
         return rows

@@ -330,7 +330,7 @@ def test_a_prompt_that_opens_a_thought_which_the_conversation_lacks_is_refused_a
 
 
 def test_an_answer_whose_reasoning_would_vanish_is_refused():
-    dropping = family_template("gemma4").replace("turn['content'] | trim", "turn['content'].split('</reason>')[-1] | trim")
+    dropping = family_template("gemma4").replace("part['text'] | trim", "part['text'].split('</reason>')[-1] | trim")
     chat = ChatFormat(gemma_tokenizer(GEMMA_4, dropping), "gemma4")
     assert chat.encode([user("a"), assistant("two  \n\n words")])[0].trained
     with pytest.raises(FormatError, match="leaves out a part of the answer"):

@@ -20,7 +20,15 @@ from gemma_tune.base.files import os_errors
 from gemma_tune.encoding import tokens
 from gemma_tune.encoding.labels import Encoded, labels_of
 from gemma_tune.encoding.sequences import Outcome
-from gemma_tune.encoding.tokens import TokenWriter, answers_of, encoding_key, lengths_of, liked, open_tokens
+from gemma_tune.encoding.tokens import (
+    TokenWriter,
+    answers_of,
+    encoding_key,
+    lengths_of,
+    liked,
+    open_tokens,
+    pictures_in,
+)
 from gemma_tune.prepare.selection import Columns, Gathered, select
 from gemma_tune.prepare.split import choose_valid
 from gemma_tune.prepare.spool import Kept, Spool, batch_of
@@ -34,15 +42,20 @@ def encoded(draw) -> Encoded:
     ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=12))
     edges = sorted(draw(st.sets(st.integers(0, len(ids)), min_size=2, max_size=6)))
     edges = edges[:len(edges) // 2 * 2]
-    return Encoded(np.array(ids, np.int32), np.array(edges, np.int32).reshape(-1, 2))
+    pictures = draw(st.lists(st.sampled_from(("a.png", "b.jpg")), max_size=2))
+    return Encoded(np.array(ids, np.int32), np.array(edges, np.int32).reshape(-1, 2), tuple((name, 1) for name in pictures))
 
 
 ROWS = st.lists(st.lists(encoded(), max_size=3), max_size=9)
 
 
-def flat(row: list[Encoded]) -> list[tuple[np.ndarray, np.ndarray]]:
+def flat(row: list[Encoded]) -> list[tuple[np.ndarray, np.ndarray, str]]:
     """As :class:`TokenWriter` takes them."""
-    return [(s.ids, s.spans.reshape(-1)) for s in row]
+    return [(s.ids, s.spans.reshape(-1), " ".join(names(s))) for s in row]
+
+
+def names(sequence: Encoded) -> list[str]:
+    return [name for name, _ in sequence.pictures]
 
 
 def write(path: Path, rows: list[list[Encoded]]) -> TokenWriter:
@@ -108,13 +121,14 @@ def test_what_is_written_is_what_training_reads(batch, most, monkeypatch):
             assert writer.trained == sum(s.trained for s in expected)
             assert lengths_of(dataset).tolist() == [len(s.ids) for s in expected]
             for s, read in zip(expected, dataset, strict=True):
-                assert read.keys() == {"input_ids", "labels"}
+                assert read.keys() == {"input_ids", "labels", "pictures"} and read["pictures"] == names(s)
                 assert read["input_ids"].tolist() == s.ids.tolist() and read["labels"].tolist() == s.labels
             if expected:
                 together = dataset[:]
                 assert [x.tolist() for x in together["labels"]] == [s.labels for s in expected]
             places = pa.ipc.open_stream(path.read_bytes()).read_all().column("row").to_pylist()
             assert places == [n for n, row in enumerate(rows) for _ in row]
+            assert pictures_in(dataset) == list(dict.fromkeys(name for s in expected for name in names(s)))
 
     check()
 
@@ -134,7 +148,7 @@ def test_sequences_are_written_before_many_tokens_wait(tmp_path, monkeypatch):
 def test_the_writer_does_not_hold_the_blocks_that_it_gets_views_of(tmp_path):
     block = np.arange(100, dtype=np.int32)
     with TokenWriter(tmp_path / "train.arrow") as writer:
-        writer.add([(block[10:20], block[:2])])
+        writer.add([(block[10:20], block[:2], "")])
         block[:] = 7  # as if its memory were used for something else
     assert open_tokens(tmp_path / "train.arrow")[0]["input_ids"].tolist() == list(range(10, 20))
 
@@ -228,8 +242,8 @@ def check_batch(batch, rows: list[Kept]) -> None:
     assert batch.bytes_of("text") == [r.text for r in rows]
     assert batch.bytes_of("signature") == [r.signature for r in rows]
     assert [h.tobytes() for h in batch.hashes()] == [r.conversation for r in rows]
-    assert [[(ids.tolist(), spans.tolist()) for ids, spans in row] for row in batch.sequences()] == [
-        [(s.ids.tolist(), s.spans.reshape(-1).tolist()) for s in r.outcome.kept] for r in rows]
+    assert [[(ids.tolist(), spans.tolist(), seen) for ids, spans, seen in row] for row in batch.sequences()] == [
+        [(s.ids.tolist(), s.spans.reshape(-1).tolist(), " ".join(names(s))) for s in r.outcome.kept] for r in rows]
     for prefix, sequences in (("", [r.outcome.kept for r in rows]), ("full_", [r.outcome.full for r in rows])):
         assert listed(batch, prefix + "lengths") == [[len(s.ids) for s in row] for row in sequences]
         assert listed(batch, prefix + "counts") == [[len(s.spans) for s in row] for row in sequences]

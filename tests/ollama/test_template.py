@@ -293,7 +293,7 @@ def test_gemma_4_is_left_to_the_renderer_in_ollama(template, renderer, parser, t
     ("change", "why"),
     [
         (("<|turn>' +", "<|turn>!' +"), "without a system message comes out differently"),
-        (("turn['content'] | trim", "turn['content']"), "White space"),
+        (("part['text'] | trim", "part['text']"), "White space"),
         (("<|turn>model\\n' if", "<|turn>model\\n\\n' if"), "comes out differently"),
     ],
 )

@@ -1,0 +1,142 @@
+"""What a model's frozen towers see in pictures, computed once and kept, so that training goes without them.
+
+A picture's features are the same in each epoch, and hundreds of them fit where a tower would lie. transformers' models
+take features in the place of pictures (``mm_encoder_outputs``) and do everything else about pictures themselves: which
+tokens they replace, which see each other, and where tokens are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.base.files import replacing
+from gemma_tune.encoding.eye import PROCESSORS, Eye
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Features = dict[str, "torch.Tensor"]
+SEEN = "features"  # (tokens, hidden size): what replaces the embeddings of a picture's tokens
+_DEEP = "deepstack."  # of some families also what is added behind the first layers, by number
+_BESIDE = ("image_grid_thw",)  # inputs from which a model reckons where tokens are
+
+
+def see(model: PreTrainedModel, eye: Eye, name: str) -> Features:
+    """The features of one picture.
+
+    Args:
+        model: with its towers, see ``models.load.load_model``.
+        name: of a file in the eye's folder.
+
+    Returns:
+        :data:`SEEN` and, by family, others; on the CPU, in the model's type.
+    """
+    import torch
+
+    inputs = {key: value.to(model.device) for key, value in eye.inputs(name).items() if hasattr(value, "to")}
+    taken = {key: value for key, value in inputs.items() if key in _TAKEN}
+    taken["pixel_values"] = taken["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        seen = model.model.get_image_features(**taken, return_dict=True)
+    features = {SEEN: _one(seen.pooler_output)}
+    for number, deep in enumerate(getattr(seen, "deepstack_features", None) or ()):
+        features[f"{_DEEP}{number}"] = _one(deep)
+    features |= {key: inputs[key] for key in _BESIDE if key in inputs}
+    return {key: value.to("cpu").contiguous() for key, value in features.items()}
+
+
+_TAKEN = ("pixel_values", "image_position_ids", "image_sizes", *_BESIDE)  # of what processors give
+
+
+def _one(parts: Any) -> torch.Tensor:
+    """Features of one picture, which come as one tensor or as several (tokens, hidden size)."""
+    import torch
+
+    return (parts if isinstance(parts, torch.Tensor) else torch.cat(list(parts))).flatten(0, -2)
+
+
+def inputs_beside(eye: Eye, ids: torch.Tensor, pictures: Sequence[Features]) -> dict[str, Any]:
+    """What a model is given beside ``input_ids`` where these have pictures.
+
+    Args:
+        ids: (rows, length) int64; where they lie, the inputs will.
+        pictures: features of all pictures, from row to row, in order.
+
+    Raises:
+        ValueError: they are not as long as the tokens that stand for them.
+    """
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    marks = ids == eye.soft_id
+    seen = torch.cat([features[SEEN] for features in pictures]).to(ids.device)
+    if int(marks.sum()) != len(seen):
+        raise ValueError(f"{int(marks.sum())} tokens stand for pictures with {len(seen)} features")
+    # Gemma 3 takes one tensor, others a list of those of single pictures.
+    output = BaseModelOutputWithPooling(pooler_output=seen[None] if eye.config["model_type"] == "gemma3" else [seen])
+    if deep := [key for key in pictures[0] if key.startswith(_DEEP)]:
+        output["deepstack_features"] = [[features[key].to(ids.device) for features in pictures] for key in deep]
+    beside: dict[str, Any] = {"mm_encoder_outputs": {"image": output}}
+    if eye.marks:
+        beside[eye.marks] = marks.long()
+    for key in _BESIDE:
+        if key in pictures[0]:
+            beside[key] = torch.cat([features[key] for features in pictures]).to(ids.device)
+    return beside
+
+
+class Seen:
+    """Features of pictures in files, by the names of the pictures.
+
+    Args:
+        folder: of all features; those that depend on other weights or settings lie in another folder inside.
+        eye: what the pictures are prepared with.
+        model: fingerprint of the checkpoint.
+        dtype: what is computed in, such as ``bfloat16``.
+    """
+
+    def __init__(self, folder: Path, eye: Eye, model: str, dtype: str):
+        settings = [(eye.checkpoint / name).read_text(encoding="utf-8") for name in PROCESSORS
+                    if (eye.checkpoint / name).exists()]
+        key = hashlib.sha256(json.dumps([model, dtype, *settings]).encode()).hexdigest()[:16]
+        self.eye, self.folder = eye, folder / key
+
+    def lacks(self, names: Sequence[str]) -> list[str]:
+        """Those of which there are no features yet."""
+        return [name for name in names if not self._path(name).exists()]
+
+    def look(self, model: PreTrainedModel, names: Sequence[str], told: Callable[[int], None]) -> None:
+        """Compute and keep the features of these pictures.
+
+        Args:
+            told: called with how many there are by now.
+
+        Raises:
+            WorkFailed: they cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        for done, name in enumerate(names, start=1):
+            with replacing(self._path(name)) as path:
+                save_file(see(model, self.eye, name), path)
+            told(done)
+
+    def __getitem__(self, name: str) -> Features:
+        from safetensors.torch import load_file
+
+        return load_file(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{Path(name).stem}.safetensors"
+
+
+def beside(seen: Mapping[str, Features] | Seen, eye: Eye, ids: torch.Tensor,
+           names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """As :func:`inputs_beside`, for rows with the names of their pictures; nothing where there is none."""
+    pictures = [seen[name] for row in names for name in row]
+    return inputs_beside(eye, ids, pictures) if pictures else {}

@@ -1,0 +1,154 @@
+"""Pictures among tokens: as transformers' processors write them, and each with its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import Gemma3Processor, Gemma4Processor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+from gemma_tune.encoding import eye as eyes
+from gemma_tune.encoding.eye import blindness, eye_of, opened, size_of, texts_around, with_parts
+from gemma_tune.encoding.labels import FormatError
+from gemma_tune.encoding.sequences import Encoder
+from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
+from support.models import make_model, make_seeing
+
+WORDS = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
+SHOWN = "\n\n<start_of_image>" + 4 * "<image_soft_token>" + "<end_of_image>\n\n"
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory) -> Path:
+    return make_seeing(tmp_path_factory.mktemp("eye") / "seeing")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    for n, size in enumerate(((60, 40), (30, 90))):
+        Image.new("RGB", size, (200, 40 * n, 10)).save(tmp_path / f"{n}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def chat(seeing, pictures):
+    chat = load_format(seeing, "gemma3")
+    chat.eye.folder = pictures
+    return chat
+
+
+def user(text: str, *places: tuple[int, int]) -> dict:
+    """A question with pictures, each as (character, number of its file)."""
+    return {"role": "user", "content": text, "pictures": [{"at": at, "file": f"pictures/{n}.png"} for at, n in places]}
+
+
+ANSWER = {"role": "assistant", "content": "red"}
+
+
+def test_a_picture_stands_where_the_turn_has_it(chat):
+    turns = [user("Compare with , please", (8, 0), (13, 1)), ANSWER, {"role": "user", "content": "Sure?"}, ANSWER]
+    [found] = chat.encode(turns)
+    text = chat.tokenizer.decode(found.ids)
+    assert text == ("<bos>" + WORDS.format(f"Compare{SHOWN}with{SHOWN}, please") + "red<end_of_turn>\n"
+                    + WORDS.format("Sure?") + "red<end_of_turn>")
+    learned = [chat.tokenizer.decode(found.ids[a:b]) for a, b in found.spans]
+    assert learned == ["red<end_of_turn>"] * 2
+    soft = np.flatnonzero(found.ids == chat.eye.soft_id)
+    assert found.pictures == (("0.png", soft[3] + 1), ("1.png", soft[7] + 1))
+    assert chat.prompt_ids(turns[:1]) == found.ids[:found.spans[0, 0]].tolist()
+
+
+def test_the_system_text_goes_before_it(chat):
+    [found] = chat.encode([{"role": "system", "content": "Be brief."}, user("What?", (0, 1)), ANSWER])
+    assert WORDS.format(f"Be brief.\n\n{SHOWN}What?") in chat.tokenizer.decode(found.ids) and found.pictures[0][0] == "1.png"
+
+
+def test_what_is_cut_off_takes_its_pictures_along(chat):
+    turns = [user("a", (1, 0)), ANSWER, user("b", (1, 1)), ANSWER]
+    [whole] = chat.encode(turns)
+    [[first]] = [o.kept for o in Encoder(chat, len(whole.ids) - 6, "truncate").encode([{"messages": turns}])]
+    assert [name for name, _ in first.pictures] == ["0.png"] and len(whole.pictures) == 2
+    [outcome] = Encoder(chat, len(first.ids) + 8, "split").encode([{"messages": turns}])
+    assert [[name for name, _ in s.pictures] for s in outcome.kept] == [["0.png"], ["1.png"]]
+
+
+@pytest.mark.parametrize(("template", "says"), [
+    ("{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}", "writes no places for 1 picture"),
+    ("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text if p.text else '' if p is string else '<start_of_image>' * 2 }}{% endfor %}{% endif %}<end_of_turn>{% endfor %}",
+     "writes 2 places for 1 picture"),
+])
+def test_a_template_that_does_not_show_it(seeing, pictures, tmp_path, template, says):
+    (tmp_path / "t.jinja").write_text(template)
+    chat = load_format(seeing, "gemma3", template=tmp_path / "t.jinja")
+    chat.eye.folder = pictures
+    [found] = chat.encode_many([([user("a", (0, 0)), ANSWER], None)])
+    assert isinstance(found, FormatError) and (says in str(found) or "leaves out" in str(found))
+
+
+def test_a_model_that_does_not_see(tmp_path):
+    chat = load_format(make_model(tmp_path / "blind"), "gemma3_text")
+    assert chat.eye is None
+    [found] = chat.encode_many([([user("a", (0, 0)), ANSWER], None)])
+    assert isinstance(found, FormatError) and "takes text alone" in str(found)
+    with pytest.raises(FormatError, match="takes text alone"):
+        chat.prompt_ids([user("a", (0, 0))])
+
+
+def test_why_nothing_is_learned_from_pictures(seeing, tmp_path):
+    import shutil
+
+    tokenizer, folder = load_tokenizer(seeing), shutil.copytree(seeing, tmp_path / "copy")
+    assert blindness(folder, tokenizer) == ""
+    config = json.loads((folder / "config.json").read_text())
+    for changes, why in (({"image_token_index": 10 ** 6}, "no token for pictures"), ({"model_type": "gemma3n"}, "kind (gemma3n)"),
+                         ({"vision_config": None}, "text alone")):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        assert why in blindness(folder, tokenizer) and eye_of(folder, tokenizer) is None
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").unlink()
+    assert "has no preprocessor_config.json" in blindness(folder, tokenizer)
+
+
+def _theirs(kind, own: dict, outputs: dict) -> str:
+    """What a processor of transformers writes, of which a part needs packages that are not here."""
+    return kind.replace_image_token(SimpleNamespace(**own), outputs, 0)
+
+
+def test_as_the_processors_write_them():
+    tokens = eyes._Tokens("<s>", "<b>", "<e>")
+    whole = "\n\n<b>" + "<s>" * 4 + "<e>\n\n"
+    for crops in (0, 2):
+        outputs = {"num_crops": [crops]}
+        assert eyes._of_gemma3(tokens, outputs, {"mm_tokens_per_image": 4}) == _theirs(
+            Gemma3Processor, {"full_image_sequence": whole}, outputs)
+    outputs = {"num_soft_tokens_per_image": [7]}
+    assert eyes._of_gemma4(tokens, outputs, {}) == _theirs(
+        Gemma4Processor, {"boi_token": "<b>", "eoi_token": "<e>", "image_token": "<s>"}, outputs)
+    outputs = {"image_grid_thw": np.array([[1, 6, 8]])}
+    assert eyes._of_qwen(tokens, outputs, {"vision_config": {"spatial_merge_size": 2}}) == _theirs(
+        Qwen3VLProcessor, {"image_token": "<s>", "image_processor": SimpleNamespace(merge_size=2)}, outputs)
+    # PixtralProcessor cannot be imported without torchvision: the rows are those of its source.
+    mistral = eyes._Tokens("<s>", behind="<e>", end_of_row="<r>")
+    assert eyes._of_mistral(mistral, {"image_sizes": [[56, 84]]}, {"vision_config": {"patch_size": 14}}) == (
+        "<s><s><s><r><s><s><s><e>")
+
+
+def test_a_picture_is_upright_and_has_three_colours(tmp_path):
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (30, 10)).save(path, exif=exif)
+    assert size_of(path) == (10, 30) == opened(path).size and opened(path).mode == "RGB"
+
+
+def test_texts_and_places():
+    turn = user("ab", (0, 0), (1, 1), (2, 0))
+    assert texts_around(turn) == ["", "a", "b", ""] and texts_around(ANSWER) == ["red"]
+    picture = {"type": "image"}
+    assert with_parts(turn) == {"role": "user", "content": [
+        picture, {"type": "text", "text": "a"}, picture, {"type": "text", "text": "b"}, picture]}
