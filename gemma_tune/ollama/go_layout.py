@@ -36,6 +36,8 @@ def template_text(turns: Turns) -> str:
     if turns.fold:
         lines.append("{{- $system := false }}{{- range .Messages }}{{ if " + _is_system(turns) + " }}"
                      "{{ $system = true }}{{ end }}{{- end }}")
+    if turns.first:
+        lines.append("{{- $first := not $system }}")
     if turns.fold_last or thought and not thought.always:
         lines.append('{{- $asked := -1 }}{{- range $i, $_ := .Messages }}{{ if eq .Role "user" }}{{ $asked = $i }}'
                      "{{ end }}{{- end }}")
@@ -127,13 +129,21 @@ def _asked(turns: Turns) -> str:
     content = _put(turns, "user", ".Content")
     if not turns.fold:
         return content
-    done = "{{ $system = false }}"
-    if turns.fold_first:
-        joined = _put(turns, "user", f"(print $.System {go_string(turns.fold[1])} .Content)")
-        return "{{ if $system }}" + joined + done + "{{ else }}" + content + "{{ end }}"
-    before, after = map(go_text, turns.fold)
-    test = "and $system (eq $i $asked)" if turns.fold_last else "$system"
-    return "{{ if " + test + " }}" + before + _put(turns, "system", "$.System") + after + done + "{{ end }}" + content
+    test, done = "and $system (eq $i $asked)" if turns.fold_last else "$system", "{{ $system = false }}"
+    branches = "{{ if " + test + " }}"
+    if turns.fold_whole:
+        before, after = (f"{go_string(text)} " if text else "" for text in turns.fold)
+        branches += _put(turns, "user", f"(print {before}$.System {after}.Content)") + done
+        if turns.first:
+            branches += _first(_put(turns, "user", f"(print {go_string(turns.first)} .Content)"))
+        return branches + "{{ else }}" + content + "{{ end }}"
+    branches += _put(turns, "system", "$.System").join(map(go_text, turns.fold)) + done
+    return branches + (_first(go_text(turns.first)) if turns.first else "") + "{{ end }}" + content
+
+
+def _first(text: str) -> str:
+    """What is written in the first user's turn instead of a system text."""
+    return "{{ else if $first }}" + text + "{{ $first = false }}"
 
 
 def _system(turns: Turns) -> str:

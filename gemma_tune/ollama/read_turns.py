@@ -22,6 +22,7 @@ from gemma_tune.ollama.probe import (
 )
 from gemma_tune.ollama.turns import Turns
 
+_NOT_LIKE_THE_FIRST = "later user turns are not written like the first"
 _MARK_AT_END = re.compile(r"<[^<>\s]+>\s*\Z")
 
 
@@ -36,16 +37,18 @@ def read_turns(jinja: Jinja) -> Turns:
     user_after = _turn_end(jinja, talk(FIRST), first_end)
     reply_after = _turn_end(jinja, talk(FIRST, REPLY), to_second)
     user_before = without(to_second, reply_after)
-    # With nothing before a user's turn, what stands before the first one would not be known from an opening.
-    if not lead.endswith(user_before) or lead and not user_before:
-        raise Unlike("later user turns are not written like the first")
+    opening, first = _start(lead, user_before)
+    place = _system_place(jinja, user_before)
+    if first and ("fold" not in place or not jinja.knows_system):
+        raise Unlike(_NOT_LIKE_THE_FIRST)
     turns = Turns(
         user=(user_before, user_after),
         assistant=(without(to_reply, user_after), reply_after),
         prompt=without(first_end, user_after),
-        opening=lead.removesuffix(user_before),
+        opening=opening,
+        first=first,
         trims=frozenset(role for role in ("user", "assistant", "system") if _trims(jinja, role)),
-        **_system_place(jinja, user_before),
+        **place,
     )
     text = repr(turns)
     if any(bos in text for bos in jinja.all_bos):
@@ -55,9 +58,30 @@ def read_turns(jinja: Jinja) -> Turns:
     turns = _with_default_system(turns)
     if not jinja.knows_system:
         return turns
-    empty = talk(FIRST, system="")
-    skipping = replace(turns, skips_empty=True)
-    return skipping if skipping.render(empty) == jinja(empty) != turns.render(empty) else turns
+    if turns.fold:
+        turns = _nearer(jinja, turns, talk(f" {FIRST} ", system=f" {SYSTEM} "), fold_whole=True)
+    return _nearer(jinja, turns, talk(FIRST, system=""), skips_empty=True)
+
+
+def _nearer(jinja: Jinja, turns: Turns, messages: Messages, **change: bool) -> Turns:
+    """The turns with a change, where only that makes a conversation the template's."""
+    changed = replace(turns, **change)
+    return changed if changed.render(messages) == jinja(messages) != turns.render(messages) else turns
+
+
+def _start(lead: str, user_before: str) -> tuple[str, str]:
+    """What stands before the first user's turn, or else inside of it before its text.
+
+    Raises:
+        Unlike: that cannot be told.
+    """
+    # With nothing before a user's turn, what stands before the first one would not be known from an opening.
+    if user_before or not lead:
+        if lead.endswith(user_before):
+            return lead.removesuffix(user_before), ""
+        if lead.startswith(user_before):
+            return "", lead.removeprefix(user_before)
+    raise Unlike(_NOT_LIKE_THE_FIRST)
 
 
 def _turn_end(jinja: Jinja, messages: Messages, followed: str) -> str:
@@ -71,7 +95,7 @@ def _turn_end(jinja: Jinja, messages: Messages, followed: str) -> str:
 
 def _system_place(jinja: Jinja, user_before: str) -> dict:
     if not jinja.knows_system:
-        return {"fold": ("", "\n\n"), "fold_first": True}
+        return {"fold": ("", "\n\n"), "fold_first": True, "fold_whole": True}
     before, after, _ = split(jinja(talk(FIRST, system=SYSTEM)), SYSTEM, FIRST)
     if after.endswith(user_before):
         around = before, after.removesuffix(user_before)
@@ -98,14 +122,17 @@ def _trims(jinja: Jinja, role: str) -> bool:
     if role == "system" and not jinja.knows_system:
         return False
     plain = talk(FIRST, REPLY, SECOND, system=SYSTEM if role == "system" else None)
-    padded = [{**m, "content": f" \n{m['content']}\u3000\n"} if m["role"] == role else m for m in plain]
+    # Of the user's turns it is the later one, since what stands inside the first one can keep white space there.
+    padded = [{**m, "content": f" \n{m['content']}\u3000\n"} if m["role"] == role and m["content"] != FIRST else m
+              for m in plain]
     return jinja(padded) == jinja(plain)
 
 
 def _with_default_system(turns: Turns) -> Turns:
-    """An opening that is a system turn with words in it is a default system prompt, which Ollama keeps in SYSTEM."""
-    opening, (before, after) = turns.opening, turns.system or ("", "")
-    inner = opening[len(before) : len(opening) - len(after)]
-    if turns.system and inner and opening == inner.join(turns.system):
-        return replace(turns, opening="", default_system=inner)
+    """A system text that is written where a conversation has none is a default one, which Ollama keeps in SYSTEM."""
+    for place, around in (("opening", turns.system), ("first", turns.fold)):
+        text, (before, after) = getattr(turns, place), around or ("", "")
+        inner = text[len(before) : len(text) - len(after)]
+        if around and inner and text == inner.join(around):
+            return replace(turns, **{place: ""}, default_system=inner)
     return turns

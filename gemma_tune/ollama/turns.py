@@ -26,6 +26,9 @@ class Turns:
         fold_first: the project joins `system`, a blank line and the user's text *before* the template sees (and trims)
             them, since the template refuses system messages or leaves them out.
         fold_last: whether that is the last user's turn, as in newer templates of Mistral, instead of the first one.
+        fold_whole: whether the system text with its surroundings and the user's text lose white space as one text, as
+            in Llama 2's template.
+        first: what stands before the text of the first user's turn where no system text is folded into it.
         opening: what stands first if the template sees no system message in front.
         skips_empty: whether an empty system message is as none.
         prompt: what asks for the answer.
@@ -42,6 +45,8 @@ class Turns:
     fold: tuple[str, str] | None = None
     fold_first: bool = False
     fold_last: bool = False
+    fold_whole: bool = False
+    first: str = ""
     opening: str = ""
     later_system: tuple[str, str] | None = None
     default_system: str | None = None
@@ -62,8 +67,8 @@ class Turns:
         for n, message in enumerate(messages):
             parts.append(self._between(roles[n - 1] if n else "", roles[n]))
             if roles[n] == "user":
-                folded = self._folded(messages) if n == asked[-1 if self.fold_last else 0] else None
-                parts.append(self._asked(message, folded, offered if n == asked[0] else None))
+                inside = self._inside(messages, n == asked[0], n == asked[-1])
+                parts.append(self._asked(message, inside, offered if n == asked[0] else None))
             elif roles[n] == "assistant":
                 parts.append(self._answer(message, not asked or n > asked[-1]).join(self.assistant))
             elif roles[n] == "tool" and self.tools:
@@ -88,17 +93,19 @@ class Turns:
             return ""
         return self.tools.group[0 if role == "tool" else 1]
 
-    def _folded(self, messages: Messages) -> str | None:
-        """The system text that belongs into the first user's turn."""
+    def _inside(self, messages: Messages, first: bool, last: bool) -> str:
+        """What stands inside a user's turn before its text: the system text, with what is around it."""
         systems = [message["content"] for message in messages if self._counts(message)]
-        return "\n\n".join(systems) if systems and self.fold else None
+        if not self.fold or not systems:
+            return self.first if first else ""
+        system = "\n\n".join(systems)
+        if not self.fold_whole:
+            system = self._trimmed("system", system)
+        return system.join(self.fold) if (last if self.fold_last else first) else ""
 
-    def _asked(self, message: dict[str, Any], system: str | None, offered: Tools | None) -> str:
-        content, before = self._trimmed("user", message["content"]), self.user[0]
-        if system is not None and self.fold_first:
-            content = self._trimmed("user", system + self.fold[1] + message["content"])
-        elif system is not None:
-            content = self._trimmed("system", system).join(self.fold) + content
+    def _asked(self, message: dict[str, Any], inside: str, offered: Tools | None) -> str:
+        before, text = self.user[0], message["content"]
+        content = self._trimmed("user", inside + text) if self.fold_whole else inside + self._trimmed("user", text)
         if offered:
             before = self.tools.listed(self.tools.user, offered)
         return before + content + self.user[1]

@@ -95,6 +95,19 @@ MISTRALS = {"mistral first": MISTRAL.format(place="loop.first", answer='" " + me
             "mistral last": MISTRAL.format(place="loop.last", answer='" " + message["content"]|trim'),
             "mistral nemo": MISTRAL.format(place="loop.last", answer='message["content"]')}
 
+# As Llama 2's: BOS before each user's turn, and the system text inside the first one, which is trimmed together with it. Many
+# have a default one, some an empty one.
+LLAMA2 = """{{%- if messages[0].role == "system" %}}{{%- set system, turns = messages[0].content, messages[1:] %}}
+{{%- else %}}{{%- set system, turns = {default}, messages %}}{{%- endif %}}
+{{%- for m in turns %}}
+    {{%- if (m.role == "user") != (loop.index0 % 2 == 0) %}}{{{{- raise_exception("roles must alternate") }}}}{{%- endif %}}
+    {{%- set text = m.content %}}
+    {{%- if loop.first and system is not none %}}{{%- set text = "<<SYS>>\\n" + system + "\\n<</SYS>>\\n\\n" + text %}}{{%- endif %}}
+    {{%- if m.role == "user" %}}{{{{- bos_token + "[INST] " + text.strip() + " [/INST]" }}}}
+    {{%- else %}}{{{{- " " + text.strip() + " " + eos_token }}}}{{%- endif %}}
+{{%- endfor %}}"""
+LLAMA2S = {"no default": ("none", None), "default": ('"Be honest.\\n\\nSay why."', "Be honest.\n\nSay why."), "empty": ('""', None)}
+
 GEMMA3_GOLDENS = {  # each of them is what Go's text/template made of the TEMPLATE below (go 1.27.3)
     "no system": "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
     "system": "<start_of_turn>user\nS\n\nhi<end_of_turn>\n<start_of_turn>model\n",
@@ -187,6 +200,19 @@ def test_where_each_turn_begins_with_bos_the_template_writes_them_all(go_render)
     assert chat.stops == ("<seed:eos>",)
     for case, got, messages in zip(CONVERSATIONS, go_render(chat, list(CONVERSATIONS.values())), CONVERSATIONS.values(), strict=True):
         assert got == hugging_face(SEED, messages), case
+
+
+@pytest.mark.parametrize(("default", "system"), LLAMA2S.values(), ids=list(LLAMA2S))
+@pytest.mark.parametrize("trimmed", [True, False], ids=["trimmed", "as it is"])
+def test_a_system_text_inside_the_first_turn(default, system, trimmed, go_render):
+    template = LLAMA2.format(default=default)
+    template = template if trimmed else template.replace(".strip()", "")
+    chat = ChatFormat(byte_tokenizer(("[INST]", "[/INST]"), template), "llama")
+    ollama = layout_of(chat)
+    assert (ollama.default_system, ollama.stops, ollama.notes) == (system, ("<eos>",), ())
+    conversations = CONVERSATIONS | {"empty question": talk("", "yes", "so?", system="S")}
+    for case, got, messages in zip(conversations, go_render(ollama, list(conversations.values())), conversations.values(), strict=True):
+        assert got == "<bos>" + hugging_face(template, messages, eos_token="<eos>") == chat.prompt_text(messages), case
 
 
 def test_a_prompt_that_is_continued_as_it_stands_is_one_in_ollama(go_render):
@@ -386,6 +412,8 @@ def test_an_eos_token_in_the_template_must_be_given():
         ("{{ raise_exception('only for agents') }}", "only for agents"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "nothing marks the end"),
         ("Talk: {% for m in messages %}{{ m.content }}<end>{% endfor %}", "not written like the first"),
+        ("{% for m in messages %}<{{ m.role }}>{% if loop.first %}Talk: {% endif %}{{ m.content }}<end>{% endfor %}",
+         "not written like the first"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + ASK, "nothing marks the end"),
         ("{% for m in messages %}<u>{{ bos_token + m.content }}</u>{% endfor %}", "BOS between turns"),
         ("{% for m in messages %}<u>{{ loop.index }}{{ m.content }}</u>{% endfor %}", "like the first"),
