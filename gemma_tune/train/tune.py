@@ -253,14 +253,15 @@ def _try(job: _Job, tuning: Tuning, trials: Any, number: int, deadline: float, p
         if trial is not None:
             tuning.add(trial)
             tuning.save(session.run.tuning)
-            progress.align(sum(1 for c in waiting if tuning.find(c, rung.steps)) * rung.steps)
+            progress.tried(sum(1 for c in waiting if not tuning.find(c, rung.steps)) * rung.steps)
         if trials.stop.requested:
             raise Interrupted(f"stopped; what was tried so far is kept: {counted(len(tuning.trials), 'trial')}",
                               "repeat the same command to go on from there, without --force")
         if trial is None:
             return False
-        came = f"validation loss {trial.loss:.4f}" if trial.loss is not None else trial.reason
-        session.listener.note(f"{candidate}: {came} after {counted(rung.steps, 'step')}")
+        came = trial.reason if trial.loss is None else (
+            f"validation loss {trial.loss:.4f} after {counted(rung.steps, 'step')}")
+        session.listener.note(f"{candidate}: {came}")
     return True
 
 
@@ -312,11 +313,16 @@ class _Progress:
         self.task, self.done, self.total = task, 0, total
 
     def step(self) -> None:
-        self.align(min(self.done + 1, self.total - 1))  # a rung ends with its last validation
+        self.done += 1
+        self._tell(min(self.done, self.total - 1))  # a rung ends with its last validation
 
-    def align(self, done: int) -> None:
-        """So many steps are done: a candidate that drops out has left some out."""
-        self.done = done
+    def tried(self, waiting: int) -> None:
+        """A candidate is at its end, and so many steps are left. One that dropped out has left some out, which are no
+        longer a part of the whole: as done they would make all steps look faster than they are."""
+        self.total = self.done + waiting
+        self._tell(self.done)
+
+    def _tell(self, done: int) -> None:
         if self.task:
             self.listener.progress(self.task, done, self.total)
 

@@ -21,6 +21,7 @@ from gemma_tune.train.halving import Costs, Rung
 from gemma_tune.train.trainer import GemmaTrainer
 from gemma_tune.train.trials import StopTrial, TrialLog, Trials
 from support.command import rows, write_rows
+from support.listener import Said
 
 RUN = Path("runs/tiny-gemma")
 STATE, WINNER = RUN / "tune.json", RUN / "tune.yaml"
@@ -265,6 +266,24 @@ def test_what_diverges_drops_out_and_leaves_no_trace(cli, trained, faulty):
     assert done.err.count("diverged: ") == 2 and all(words in done.err for words in ("the gradient of", "above the"))
     assert done.json["summary"]["learning_rate"] == 4e-3
     assert found[4e-3]["eval_loss"] == trained_loss(cli, "--lr", 4e-3)
+
+
+def test_the_time_left_reckons_without_the_steps_that_a_candidate_left_out(cli, trained, faulty, rungs, monkeypatch):
+    """What is done grows by a step at a time, also where one drops out."""
+    rungs(6)
+    shown, begin = [], tune_module._Progress.begin
+
+    def watched(self, *args):
+        self.listener = Said()
+        shown.append(self.listener.steps)
+        begin(self, *args)
+
+    monkeypatch.setattr(tune_module._Progress, "begin", watched)
+    done = cli("tune", "--learning-rates", "1e-3,4e-3,2e-3", "--batch-size", 2)
+    assert done.code == 0 and "gives finite ones\n" in done.err, "it did not take the rung's steps"
+    [steps] = shown
+    assert steps[0][1:] == (1, 18) and 12 < steps[-1][1] == steps[-1][2] < 18
+    assert {after[1] - before[1] for before, after in zip(steps, steps[1:])} <= {0, 1}
 
 
 def test_where_nothing_helps_it_is_an_error_that_says_what_to_try(cli, trained, faulty):
