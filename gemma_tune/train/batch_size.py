@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from gemma_tune.base.words import counted
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.train.plan import row_name, total_steps
+from gemma_tune.train.method import row_name
+from gemma_tune.train.plan import total_steps
 
 # On an H100 a step of Gemma 3 270M with 8 rows works the GPU for 8 ms, hardly more than with 4; from 32 rows on its
 # matrix units are busy. A CPU is as fast per token with few rows.

@@ -1,7 +1,7 @@
 """Whether a training fits the memory, known before its weights are loaded or downloaded.
 
 :func:`estimate` says what a step needs, ``available`` of :mod:`gemma_tune.models.placement` what there is, and
-:func:`choose` finds how many conversations go through the model at once. What a step learns from does not depend on
+:func:`choose` finds how many rows go through the model at once. What a step learns from does not depend on
 that: a batch is worked on in pieces, whose gradients are added.
 """
 
@@ -19,6 +19,7 @@ from gemma_tune.base.words import counted, first_line, gigabytes
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import OVERHEAD, USABLE, best_device
 from gemma_tune.models.quantised import has_packed_experts
+from gemma_tune.train.method import row_name
 from gemma_tune.train.shape import ModelShape
 
 # NF4 with double quantisation: 4 bits and 0.127 bits of scales for a number.
@@ -59,13 +60,13 @@ class BatchChoice:
     """How a batch goes through the model.
 
     Attributes:
-        micro_batch: conversations at once; a divisor of the batch size unless the user said otherwise.
+        micro_batch: rows at once; a divisor of the batch size unless the user said otherwise.
         checkpointing: activations are recomputed in the backward pass.
         memory: what that needs with the longest rows.
         available: bytes that there are.
         fits: ``memory`` is within the share of ``available`` that may be used.
         reason: why so, in words.
-        per_row: sequences of each conversation; a pair has two.
+        per_row: sequences of each row; a pair has two.
         four_bit: the base is in 4 bits,
         in_linear: and so much of it at most: those of the weights that are in linear layers, which experts are not.
     """
@@ -99,7 +100,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     reserved for Gemma 3 270M where this says 5.0, 30.9 GB for a 4B where it says 35.7.
 
     Args:
-        micro_batch: conversations at once.
+        micro_batch: sequences at once.
         longest: tokens of the longest one.
         device: ``cpu``, ``cuda`` or ``mps``.
         shards: processes that share the weights among them.
@@ -123,14 +124,14 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
 
 def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int,
            per_row: int = 1) -> BatchChoice:
-    """The most conversations at once that fit; activations are recomputed only if not even one fits otherwise.
+    """The most rows at once that fit; activations are recomputed only if not even one fits otherwise.
 
     Args:
         config: ``micro_batch`` and ``activation_checkpointing`` are kept where the user set them; ``qlora`` also
             stands for a checkpoint that is in 4 bits.
-        longest: tokens of the longest row.
+        longest: tokens of the longest sequence.
         room: bytes that there are.
-        per_row: sequences of each conversation; a pair has two.
+        per_row: sequences of each row; a pair has two.
     """
     asked = config.micro_batch is not None or config.activation_checkpointing is not None
     first = None
@@ -143,7 +144,7 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
         if choice.fits:
             break
     reason = "as asked" if asked else "they fit" if choice is first else (
-        f"{counted(first.micro_batch, 'conversation')} would need {gigabytes(first.memory.total)}")
+        f"{counted(first.micro_batch, row_name(config))} would need {gigabytes(first.memory.total)}")
     return replace(choice, reason=reason)
 
 
@@ -166,8 +167,9 @@ def refuse_what_does_not_fit(choice: BatchChoice, config: TrainConfig, longest: 
     if choice.fits:
         return
     memory = choice.memory
+    each = f"{choice.per_row} x {longest:,}" if choice.per_row > 1 else f"{longest:,}"
     says = (f"this training needs about {gigabytes(memory.total)} of memory with "
-            f"{counted(choice.micro_batch, 'conversation')} of {longest:,} tokens at once, and "
+            f"{counted(choice.micro_batch, row_name(config))} of {each} tokens at once, and "
             f"{gigabytes(choice.available)} are available")
     if config.micro_batch == 1 and config.activation_checkpointing:
         listener.warn(f"{says}; it may be killed")
@@ -198,7 +200,7 @@ def out_of_memory(error: Exception, choice: BatchChoice, micro_batch: int) -> Us
     """The error for a step that found no memory; its hint names what is not done yet.
 
     Args:
-        micro_batch: conversations that went through the model at once.
+        micro_batch: rows that went through the model at once.
     """
     ways = ["--micro-batch 1"] if micro_batch > 1 else []
     ways += [] if choice.checkpointing else ["--activation-checkpointing"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from gemma_tune.base.errors import UserError
 from gemma_tune.config.families import family_defaults, preference_defaults
 from gemma_tune.config.settings import in_words
-from gemma_tune.config.stages import AUTO
+from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 from gemma_tune.run.session import Session
@@ -18,6 +18,11 @@ _ARE = {CONVERSATIONS: "conversations", PAIRS: "pairs of a better and a worse an
         JUDGED: "answers that are good or bad"}
 _WANT = {"dpo": "two answers to each prompt, a better and a worse one", "orpo": "two answers to each prompt, a better "
          "and a worse one", "kto": "answers that are good or bad, or pairs of both"}
+
+
+def row_name(config: TrainConfig) -> str:
+    """What a method's rows are called, each by itself."""
+    return {"dpo": "pair", "orpo": "pair", "kto": "answer"}.get(config.method, "sequence")
 
 
 def learns_from(method: str, kind: str) -> bool:

@@ -11,7 +11,8 @@ from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import described_adapter
 from gemma_tune.run.session import Session
 from gemma_tune.train.memory import BatchChoice
-from gemma_tune.train.plan import Sizes, described_steps, row_name, total_steps, warmup_steps
+from gemma_tune.train.method import row_name
+from gemma_tune.train.plan import Sizes, described_steps, total_steps, warmup_steps
 from gemma_tune.train.shape import ModelShape
 
 _FALLS = {"cosine": "falls along a cosine", "linear": "falls in a line", "constant": "stays"}

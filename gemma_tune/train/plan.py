@@ -13,6 +13,7 @@ import numpy as np
 from gemma_tune.base.words import counted, span
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.memory import BatchChoice, described
+from gemma_tune.train.method import row_name
 from gemma_tune.train.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -108,11 +109,6 @@ class TrainingPlan:
             "memory": memory if self.choice.fits else f"does not fit: {memory}",
             "time": f"about {span(self.seconds)}{to_go} ({self.basis})",
         }
-
-
-def row_name(config: TrainConfig) -> str:
-    """What a method's rows are called, each by itself."""
-    return {"dpo": "pair", "orpo": "pair", "kto": "answer"}.get(config.method, "sequence")
 
 
 def steps_per_epoch(rows: int, config: TrainConfig) -> int:

@@ -170,6 +170,14 @@ def test_the_plan_of_pairs_tells_sequences_from_pairs(cli, prepared):
     assert f"of up to {planned['longest']} tokens, both answers together" in shown and f"x {longest} tokens at once" in shown
 
 
+@pytest.mark.parametrize(("method", "row"), [("dpo", "1 pair of 2 x"), ("kto", "1 answer of")])
+def test_memory_that_does_not_suffice_is_said_of_what_is_trained(cli, prepared, monkeypatch, method, row):
+    monkeypatch.setattr("gemma_tune.train.job.available", lambda device: 500_000_000)
+    longest = max(len(ids) for ids in open_tokens(RUN / "data" / "tokens" / "train.arrow")["input_ids"])
+    refused = cli("train", *FLAGS, "--method", method)
+    assert refused.code == 2 and f"of memory with {row} {longest} tokens at once" in refused.err
+
+
 def test_answers_of_which_none_is_bad_are_told(cli, tiny, tmp_path):
     data = write_rows(tmp_path / "good.jsonl", [{"prompt": f"q {n}", "completion": f"a {n}", "label": True} for n in range(8)])
     done = cli("prepare", data, "--model", tiny)

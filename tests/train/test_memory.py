@@ -179,6 +179,13 @@ def test_the_most_conversations_that_fit_and_recomputing_only_when_needed(batch,
     assert choice.micro_batch == max(plain or recomputed or [1])
 
 
+@pytest.mark.parametrize(("method", "rows"), [("sft", "4 sequences"), ("dpo", "4 pairs"), ("kto", "4 answers")])
+def test_why_fewer_go_through_at_once_is_said_of_what_is_trained(method, rows):
+    config = TrainConfig(batch_size=4, method=method)
+    room = int(need(config, 1, False) / USABLE) + 1
+    assert choose(FAKE, config, 500, "cpu", room).reason.startswith(f"{rows} would need ")
+
+
 @pytest.mark.parametrize(("flag", "stored", "four_bit"), [
     (False, None, False), (True, None, True), (False, {"quant_method": "bitsandbytes", "load_in_4bit": True}, True),
     (False, {"quant_method": "bitsandbytes", "load_in_8bit": True}, False)], ids=str)
@@ -276,7 +283,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(cli, tiny, data
     monkeypatch.setattr("gemma_tune.train.stage.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     result = cli("train", *QUICK, "--force")
     assert result.code == 2
-    assert "needs about 0.77 GB of memory with 1 conversation of" in result.err and "0.50 GB are available" in result.err and "Hint: " in result.err
+    assert "needs about 0.77 GB of memory with 1 sequence of" in result.err and "0.50 GB are available" in result.err and "Hint: " in result.err
     assert checkpoint.exists(), "what was refused must not have deleted anything"
 
 
