@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 EFFICIENCY = 0.55
 _MEASURED = 0.3  # seconds
 FEW_STEPS = 10
+# What the speed depends on, beside the device, the type and how a batch is worked on.
+_OF_SPEED = ("method", "target_modules", "dora", "qlora", "num_processes", "strategy", "cuda_graphs", "compile")
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,8 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
     """Put the figures together.
 
     Args:
-        tokens_per_second: what an earlier training of this model on this device reached; else a matrix product is
-            measured (a third of a second).
+        tokens_per_second: what an earlier training reached (:func:`speed_of`); else a matrix product is measured (a
+            third of a second).
         notes: what else people should know.
         steps_done: of a training that goes on.
     """
@@ -226,6 +228,20 @@ def surprises(rows: int, steps: int, config: TrainConfig) -> list[str]:
 
 
 # --- time
+
+def speed_of(last: Mapping[str, Any], config: TrainConfig, placement: Placement, choice: BatchChoice) -> float | None:
+    """Tokens per second of an earlier training; None where this one has another speed by its settings.
+
+    Args:
+        last: its record in the manifest.
+    """
+    summary, settings, now = last["summary"], last["config"], config.as_dict()
+    ours = {"device": placement.device, "dtype": placement.short, "micro_batch": choice.micro_batch,
+            "activation_checkpointing": choice.checkpointing}
+    same = all(summary.get(name) == value for name, value in ours.items()) and all(
+        settings[name]["value"] == now[name] for name in _OF_SPEED if name in settings)
+    return summary.get("tokens_per_second") if same else None
+
 
 def _time(shape: ModelShape, placement: Placement, choice: BatchChoice, epochs: float,
           batches: Sequence[tuple[int, int]], train: Sizes, valid: Sizes, evaluations: int,

@@ -48,7 +48,7 @@ from gemma_tune.train.job import (
 )
 from gemma_tune.train.memory import described, refuse_what_does_not_fit
 from gemma_tune.train.overview import overview
-from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, surprises, total_steps
+from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, speed_of, surprises, total_steps
 from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import plot, save_adapter
@@ -140,11 +140,11 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
         done, micro_batch = found.done, found.before["micro_batch"]
         notes.append(f"{found.done} of these {found.total} steps are done: {found.said}")
     shape, choice = fit(session, sizes, placement, micro_batch, start_folder(session))
-    last = session.manifest.stages.get("train", {"base": None, "summary": {}})
-    same = last["base"] == session.model.fingerprint and (last["summary"].get("device"), last["summary"].get(
-        "dtype")) == (placement.device, placement.short)
+    last = session.manifest.stages.get("train")
+    speed = speed_of(last, session.config, placement, choice) if (
+        last and last["base"] == session.model.fingerprint) else None
     return make_plan(shape, session.config, placement, choice, *sizes, notes=notes, steps_done=done,
-                     tokens_per_second=last["summary"].get("tokens_per_second") if same else None)
+                     tokens_per_second=speed)
 
 
 def follow() -> None:

@@ -178,6 +178,12 @@ def test_memory_that_does_not_suffice_is_said_of_what_is_trained(cli, prepared, 
     assert refused.code == 2 and f"of memory with {row} {longest} tokens at once" in refused.err
 
 
+def test_the_time_of_another_method_is_not_that_of_the_last_training(cli, prepared):
+    assert cli("train", *FLAGS, "--method", "orpo", "--max-steps", 1).code == 0
+    for method, basis in (("orpo", "in the last training"), ("dpo", "matrix product"), ("sft", "matrix product")):
+        assert basis in cli("train", *FLAGS, "--method", method, "--dry-run", "--json").json["basis"]
+
+
 def test_answers_of_which_none_is_bad_are_told(cli, tiny, tmp_path):
     data = write_rows(tmp_path / "good.jsonl", [{"prompt": f"q {n}", "completion": f"a {n}", "label": True} for n in range(8)])
     done = cli("prepare", data, "--model", tiny)

@@ -157,6 +157,14 @@ def test_an_earlier_training_on_this_device_says_how_fast_it_is(cli, trained):
     assert "matrix product" in cli("train", "--dry-run", "--json", "--dtype", "bf16").json["basis"]
 
 
+@pytest.mark.parametrize("others", [("--micro-batch", 1), ("--activation-checkpointing",), ("--dora",), ("--target-modules", "q_proj"),
+                                    ("--num-processes", 2)])
+def test_an_earlier_training_with_another_speed_by_its_settings_says_nothing(cli, trained, others):
+    assert "matrix product" in cli("train", "--dry-run", "--json", *QUICK, *others).json["basis"]
+    for same in (("--rank", 8), ("--epochs", 2), ("--learning-rate", 1e-4)):
+        assert "in the last training" in cli("train", "--dry-run", "--json", *QUICK, *same).json["basis"]
+
+
 def test_seconds_follow_from_tokens_and_speed():
     config = TrainConfig(epochs=2.0, batch_size=2)
     plan = make_plan(SHAPE, config, choose_placement("fp32"), choice_of(2), Sizes(np.array([30, 10, 20, 40]), np.array([20, 5, 10, 15]), 40),
