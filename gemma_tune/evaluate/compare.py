@@ -36,13 +36,13 @@ def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Li
     likelier: measures by name."""
     general = wanted_of(measuring_rows_of(chat))
     preferences = chosen.preferences
-    together = [*chosen.sequences, *general, *(preferences.sequences if preferences else [])]
-    total = 2 * sum(wanted.ids.shape[1] for wanted in together)
+    different, places = _each_once([*chosen.sequences, *general, *(preferences.sequences if preferences else [])])
+    total = 2 * sum(wanted.ids.shape[1] for wanted in different)
 
     def one(side: str) -> np.ndarray:
         before = total // 2 if side == "tuned" else 0
-        return negative_log_likelihoods(model, together,
-                                        lambda done: listener.progress(MEASURING, before + done, total))
+        return negative_log_likelihoods(model, different,
+                                        lambda done: listener.progress(MEASURING, before + done, total))[places]
 
     listener.progress(MEASURING, 0, total)
     nats = on_both(model, one)
@@ -55,6 +55,18 @@ def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Li
         found |= preferences.measures(*(nats[side][end:] for side in SIDES), seed)
     passages = np.arange(len(general))
     return found | _loss_pair("general_", *(nats[side][split:end] for side in SIDES), general, passages, seed)
+
+
+def _each_once(sequences: Sequence[Wanted]) -> tuple[list[Wanted], list[int]]:
+    """The sequences without repetitions, and where each of the given ones is among these: a better answer is measured
+    as a row, and against the worse one."""
+    different: dict[tuple[Any, ...], Wanted] = {}
+    keys = [tuple(value.tobytes() if isinstance(value, np.ndarray) else value for value in vars(wanted).values())
+            for wanted in sequences]
+    for key, wanted in zip(keys, sequences):
+        different.setdefault(key, wanted)
+    numbers = {key: n for n, key in enumerate(different)}
+    return [*different.values()], [numbers[key] for key in keys]
 
 
 def _loss_pair(prefix: str, base: np.ndarray, tuned: np.ndarray, sequences: Sequence[Wanted], row_of: np.ndarray,

@@ -10,6 +10,7 @@ import torch
 
 from gemma_tune.encoding.sequences import Encoder, Outcome, part
 from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.evaluate import compare as compare_module
 from gemma_tune.evaluate import rows as rows_module
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of
 from gemma_tune.measure.likelihood import Wanted, negative_log_likelihoods
@@ -129,6 +130,9 @@ def test_log_probabilities_are_those_of_whole_logits(chat, talkative):
     (JUDGED, {"better_log_probability", "worse_log_probability"})])
 def test_eval_compares_base_and_tuned(cli, fluent, monkeypatch, examples, names):
     monkeypatch.setattr(rows_module, "_of_run", lambda session, encoder, limit: (examples, len(examples)))
+    computed = []
+    monkeypatch.setattr(compare_module, "negative_log_likelihoods", lambda model, sequences, told: computed.append(
+        [wanted.ids.tobytes() for wanted in sequences]) or negative_log_likelihoods(model, sequences, told))
     result = cli("eval", "--max-new-tokens", 16, "--json", "--dtype", "fp32")
     assert result.code == 0, result.err
     summary = result.json["summary"]
@@ -138,6 +142,10 @@ def test_eval_compares_base_and_tuned(cli, fluent, monkeypatch, examples, names)
     assert (summary["rows"], summary["rows_there"]) == (len(examples), len(examples))
     assert [a["prompt"] for a in summary["answers"]] == [prompt(row) for row in PAIRS]
     assert [a["reference"] for a in summary["answers"]] == [answers(row)[0] for row in PAIRS]
+    assert len(computed) == 2 and all(len(ids) == len(set(ids)) for ids in computed), "each sequence once per model"
+    likelihood, loss = measures["better_log_probability"], measures["loss"]
+    for side in ("base", "tuned"):
+        assert -2 * likelihood[side][0] == pytest.approx(loss["tokens"] * loss[side][0]), "of the same two answers"
     better, worse = (measures[f"{name}_log_probability"] for name in ("better", "worse"))
     tokens = measures["loss"]["tokens"]
     assert better["base"][0] * 2 == pytest.approx(-measures["loss"]["base"][0] * tokens, rel=1e-5)
