@@ -59,7 +59,8 @@ def _unfit(info: ModelInfo) -> str | None:
 
 
 def _is_loaded(name: str) -> bool:
-    return any(fnmatchcase(name.lower(), pattern) for pattern in _LOADED) and "/" not in name
+    return name.startswith("additional_chat_templates/") or (
+        any(fnmatchcase(name.lower(), pattern) for pattern in _LOADED) and "/" not in name)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _OF_BASE = ("tokenizer.model", "*processor_config.json", *LICENCE_FILES)
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
               "added_tokens.json", "vocab.*", "merges.txt")
+_TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
 _TYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
 
 
@@ -123,7 +124,7 @@ def _merge(session: Session) -> Finished:
         if chat:
             summary |= check(session, folder, chat, adapter, plan.vocabulary)
         (folder / "README.md").write_text(model_card(session, summary), encoding="utf-8")
-        summary["bytes"] = sum(p.stat().st_size for p in folder.iterdir())
+        summary["bytes"] = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     return Finished({"merged": run.merged}, summary, {run.merged: folder})
 
 
@@ -207,8 +208,8 @@ def _copy_around(session: Session, folder: Path, plan: MergePlan) -> None:
     # A tokenizer comes with its chat template, in its own file or in tokenizer_config.json: never two of them.
     own_template = trained_tokenizer or any(adapter.glob("chat_template*"))
     _copy(base, folder, (*_OF_BASE, "generation_config.json", *(() if trained_tokenizer else _TOKENIZER),
-                         *(() if own_template else ("chat_template*",))))
-    _copy(adapter, folder, ("generation_config.json", "chat_template*", *(_TOKENIZER if trained_tokenizer else ())))
+                         *(() if own_template else _TEMPLATES)))
+    _copy(adapter, folder, ("generation_config.json", *_TEMPLATES, *(_TOKENIZER if trained_tokenizer else ())))
     if (notice := licence_notice(base_licence(session.model))) and not any(folder.glob("NOTICE*")):
         (folder / "NOTICE").write_text(notice, encoding="utf-8")
     config = read_config(base)
@@ -222,7 +223,9 @@ def _copy_around(session: Session, folder: Path, plan: MergePlan) -> None:
 def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
     for path in (path for pattern in patterns for path in source.glob(pattern)):
         if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+            place = folder / path.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def _configured(config: Mapping[str, Any], dtype: str | None, untied: bool, vocabulary: int | None,

@@ -196,11 +196,11 @@ def test_only_what_changed_is_sent(hub, visit, merged):
 
 def test_weights_of_an_earlier_push_do_not_stay_beside_the_new_ones(hub, visit, merged, tmp_path):
     hub.create(ID, {"model.safetensors": b"old", "added_tokens.json": b"old", "old/model.safetensors": b"theirs",
-                    "demo.gguf": b"theirs"}, private=True)
+                    "additional_chat_templates/old.jinja": b"old", "demo.gguf": b"theirs"}, private=True)
     sharded, said = write_merged(tmp_path / "sharded", shards=2), Said()
     push_folder(sharded, ID, said)
     assert hub.files(ID) == contents(sharded) | {"old/model.safetensors": b"theirs", "demo.gguf": b"theirs"}
-    assert any("added_tokens.json, model.safetensors" in note for note in said.notes)
+    assert any("added_tokens.json, additional_chat_templates/old.jinja, model.safetensors" in note for note in said.notes)
 
 
 def test_a_renamed_repository_is_found_under_its_old_name(hub, visit, merged):

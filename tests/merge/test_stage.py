@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +147,24 @@ def test_what_rounding_takes_back_is_told(divergence, effect, same, told):
                                                 "check_prompts": 3, "check_same_answers": same})
     assert bool(told) == bool(listener.warnings) and (told or "") in " ".join(listener.warnings)
     assert all("--dtype fp32" in text for text in listener.warnings)
+
+
+def test_all_chat_templates_of_the_base_stay_where_the_adapter_has_no_tokenizer(cli, trained, tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(tiny, tmp_path / "base" / tiny.name)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    own = trained / "tiny-gemma_lora_adapter"
+    bare = shutil.copytree(own, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "chat_template*"))
+    for adapter, source in ((bare, base), (own, own)):
+        done = cli("merge", "--adapter", adapter, "--base", base, "--run", "other", "--no-check", "--force", "--json")
+        assert done.code == 0, done.err
+        [merged] = Path("other").glob("*_lora_merged")
+        templates = [AutoTokenizer.from_pretrained(folder).chat_template for folder in (merged, source)]
+        assert templates[0] == templates[1] and ("tool_use" in templates[0]) == (adapter == bare)
+        files = [path.stat().st_size for path in merged.rglob("*") if path.is_file()]
+        assert done.json["summary"]["bytes"] == sum(files)
 
 
 def test_a_failed_merge_leaves_the_earlier_one(cli, trained, monkeypatch):
