@@ -17,7 +17,8 @@ _TEXTS = {"gemma": r"Gemma\s+Terms\s+of\s+Use", "apache-2.0": r"Apache\s+License
           "mit": r"MIT\s+License"}
 _BEGINNING = 2000  # characters of a licence that hold its name
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
-LICENCE_FILES = ("LICEN[SC]E*", "licen[sc]e*", "NOTICE*", "USE_POLICY*")  # patterns of what goes along with the weights
+_LICENCES = ("LICEN[SC]E*", "Licen[sc]e*", "licen[sc]e*")
+LICENCE_FILES = (*_LICENCES, "NOTICE*", "USE_POLICY*")  # patterns of what goes along with the weights
 
 
 def base_licence(model: BaseModel) -> dict[str, str]:
@@ -81,25 +82,29 @@ def _fields(values: Mapping[str, Any], model: BaseModel) -> dict[str, str]:
 
 
 def _address(link: str, model: BaseModel) -> str | None:
-    """A link that leads to the base's licence also from the merged model, which has a copy of LICENSE files."""
+    """A link that leads to the base's licence also from the merged model, which has a copy of the file."""
     if re.fullmatch(r"https?://[^\s()<>]+", link):
         return link
     if not re.fullmatch(r"\w[\w.-]*", link):
         return None
-    if link.startswith("LICENSE") and (model.path / link).is_file():
+    if link in [path.name for path in _texts(model.path)]:
         return link
     return f"https://huggingface.co/{model.id}/blob/{model.revision}/{link}" if model.source == "hub" else None
 
 
 def _from_text(folder: Path) -> dict[str, str]:
-    """By the LICENSE file, which the merged model has a copy of."""
-    for path in sorted(folder.glob("LICENSE*")):
+    """By the licence's file, which the merged model has a copy of."""
+    for path in _texts(folder):
         beginning = _beginning(path, _BEGINNING)
         for licence, text in _TEXTS.items():
             if re.search(text, beginning):
                 return {"license": licence}
         return {"license": "other", "license_name": "base-model-license", "license_link": path.name}
     return {}
+
+
+def _texts(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _LICENCES for path in folder.glob(pattern) if path.is_file()})
 
 
 def _beginning(path: Path, length: int) -> str:

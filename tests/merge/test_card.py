@@ -15,7 +15,7 @@ from gemma_tune.config.settings import resolve
 from gemma_tune.config.stages import MergeConfig
 from gemma_tune.merge.card import model_card
 from gemma_tune.models import licence as licences
-from gemma_tune.models.licence import base_licence, licence_note
+from gemma_tune.models.licence import LICENCE_FILES, base_licence, licence_note
 from gemma_tune.models.source import BaseModel
 from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import Manifest, read_manifest
@@ -208,11 +208,18 @@ def test_the_licence_of_the_text(tmp_path, text, expected):
     assert base_licence(model) == expected
 
 
-def test_a_copied_licence_is_linked_where_it_lies(tmp_path):
+@pytest.mark.parametrize("name", ["LICENSE", "LICENCE", "License.md", "license.txt", "licence"])
+def test_a_copied_licence_is_read_and_linked_where_it_lies(tmp_path, name):
     model = base(tmp_path / "base")
-    (model.path / "README.md").write_text("---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\n---\n")
-    (model.path / "LICENSE").write_text("Terms")
-    assert base_licence(model)["license_link"] == "LICENSE"
+    (model.path / "LICENSES").mkdir()
+    (model.path / name).write_text("Terms")
+    assert base_licence(model) == {"license": "other", "license_name": "base-model-license", "license_link": name}
+    (model.path / "README.md").write_text(f"---\nlicense: other\nlicense_name: x\nlicense_link: {name}\n---\n")
+    assert base_licence(model)["license_link"] == name
+    (model.path / "README.md").unlink()
+    (model.path / name).write_text("MIT License")
+    assert base_licence(model) == {"license": "mit"}
+    assert name in {path.name for pattern in LICENCE_FILES for path in model.path.glob(pattern)}, "it goes along"
 
 
 @pytest.mark.parametrize("source", ["gguf", "demo"])
