@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -116,12 +115,16 @@ def finish_killed(root: Path, listener: Listener) -> None:
     """
     until = time.monotonic() + _PUTTING
     while _is_between(root) and os.access(root, os.W_OK):
-        with contextlib.suppress(UserError, OSError), Lock(root, "status") as lock:
-            lock.tell(listener)
+        try:
+            with Lock(root, "status") as lock:
+                lock.tell(listener)
             return
-        if time.monotonic() > until:
+        except InUse:
+            if time.monotonic() > until:
+                return
+            time.sleep(0.05)
+        except (UserError, OSError):
             return
-        time.sleep(0.05)
 
 
 def _is_between(root: Path) -> bool:

@@ -34,11 +34,11 @@ def take_up(root: Path) -> Sequence[str]:
 
     Returns:
         The stages whose results were taken up.
+
+    Raises:
+        UserError: as :func:`current_manifest`. What was announced waits until that manifest is moved away.
     """
-    try:
-        found = _announced(root, read_manifest(root))
-    except UserError:  # whoever reads the manifest says what is wrong with it
-        return []
+    found = _announced(root, read_manifest(root))
     if found is None:
         remove(root / NEXT_MANIFEST)
         return []

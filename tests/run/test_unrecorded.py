@@ -180,6 +180,23 @@ def test_what_was_changed_since_is_not_taken_up(cli, tiny, data, moment):
     assert not leftovers(RUN)
 
 
+@pytest.mark.parametrize("content", ["{", '{"schema": 99}'])
+def test_a_damaged_manifest_loses_nothing_that_was_announced(cli, trained, moment, content):
+    """It is refused before anything is swept up; moved away, as the hint says, it leaves its place to the announced one."""
+    moment(cli, "train", *QUICK, "--seed", 7, "--force", "--run", trained)
+    before, there = (trained / "manifest.json").read_bytes(), leftovers(trained)
+    (trained / "manifest.json").write_text(content)
+    for command in (("train", *QUICK, "--seed", 8, "--force"), ("merge",), ("status",)):
+        refused = cli(*command, "--run", trained)
+        assert refused.code == 2 and "manifest.json" in refused.err
+        assert leftovers(trained) == there
+    (trained / "manifest.json").rename(trained / "manifest.json.damaged")
+    result = cli("status", "--verify", "--run", trained, "--json")
+    assert "the result of `train`: it is whole, and recorded now" in result.err
+    assert {result.json["stages"][name]["state"] for name in ("prepare", "train")} == {"done"}
+    assert (trained / "manifest.json").read_bytes() != before and not leftovers(trained)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}'])
 def test_a_damaged_announcement_does_no_harm(cli, tiny, data, content):
     assert cli("prepare", data, "--model", tiny).code == 0
