@@ -12,7 +12,7 @@ from gemma_tune.base.secrets import place_of
 from gemma_tune.base.words import first_line
 from gemma_tune.doctor.finding import BROKEN, LOOK, OK, Finding
 from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
-from gemma_tune.hub.access import account, offline_wanted
+from gemma_tune.hub.access import CORRECT_CERTIFICATES, account, offline_wanted, unreadable_certificates
 from gemma_tune.ollama.client import install_hint
 from gemma_tune.ollama.go_template import INSTALL_HINT as GO_HINT
 from gemma_tune.ollama.go_template import find_go
@@ -22,7 +22,8 @@ _SECONDS = 60
 # Addresses that decide where things come from; people set them and forget them.
 _ADDRESSES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "HF_ENDPOINT", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL",
               "UV_INDEX_URL", "UV_DEFAULT_INDEX", "OLLAMA_HOST")
-_PLAIN = ("NO_PROXY", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "GEMMA_TUNE_CACHE", "GEMMA_TUNE_RUN")
+_PLAIN = ("SSL_CERT_FILE", "SSL_CERT_DIR", "NO_PROXY", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME",
+          "GEMMA_TUNE_CACHE", "GEMMA_TUNE_RUN")
 
 
 def network() -> Iterator[Finding]:
@@ -35,6 +36,9 @@ def network() -> Iterator[Finding]:
         yield Finding("network settings", OK, f"{name}={value if name.upper() in _PLAIN else _places(value)}")
     import httpx
 
+    if unread := unreadable_certificates():
+        yield Finding("certificates", BROKEN, unread, CORRECT_CERTIFICATES)
+        return
     try:
         httpx.Client().close()
     except (ImportError, ValueError, httpx.InvalidURL) as e:  # it needs a package more, or is no address

@@ -209,6 +209,7 @@ _LOGIN = "log in with `hf auth login` or set HF_TOKEN; `--model demo` needs no a
 _AGAIN = "run the same command again: files that are complete are kept"
 _ID = "an id is organisation/name, like google/gemma-3-270m-it"
 _OF_OLLAMA = "of a model in Ollama, `ollama show --modelfile {}` names the GGUF file, which --model takes"
+CORRECT_CERTIFICATES = "correct or unset SSL_CERT_FILE and SSL_CERT_DIR: without them those of certifi are taken"
 _FAILURES = {  # case: kind, message, hint
     "bad endpoint": ("offline", "HF_ENDPOINT is not a web address: {endpoint}",
                      "write it like https://huggingface.co, or unset HF_ENDPOINT"),
@@ -234,6 +235,7 @@ _FAILURES = {  # case: kind, message, hint
                   "unset {why} and run once with a connection; `--model demo` needs no network"),
     "unreachable": ("offline", "{id} could not be downloaded: {endpoint} cannot be reached ({why})",
                     f"check the connection and {_AGAIN}; {{mirror}}; `--model demo` needs no network"),
+    "certificates": ("offline", "{endpoint} cannot be asked for {id}: {why}", CORRECT_CERTIFICATES),
     "no hub": ("server", "{endpoint} does not answer like a Hugging Face Hub: {why}",
                "check HF_ENDPOINT, the proxy, and whether this network wants a login page first"),
     "too many": ("server", "{endpoint} gets too many requests from here to send {id}",
@@ -312,10 +314,25 @@ def explain(error: BaseException, request: Request) -> HubError | None:
         return hub_error("unreachable", request, text)
     if isinstance(error, (errors.FileMetadataError, json.JSONDecodeError)):
         return hub_error("no hub", request, text)
+    if code is not None and (unread := unreadable_certificates()):
+        return hub_error("certificates", request, unread)
     if code is not None:
         return hub_error("cache", request, os.strerror(code))
     # What arrived has the wrong size, or hf_xet failed, which raises these two without a number.
     return hub_error("incomplete", request, text) if isinstance(error, (OSError, RuntimeError)) else None
+
+
+def unreadable_certificates() -> str | None:
+    """What keeps https from working before anything is asked: certificates that cannot be read. None as a rule."""
+    import httpx
+
+    try:
+        httpx.create_ssl_context()
+    except OSError as error:
+        name = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None)
+        whose = f"of {name}={os.environ[name]}" if name else "of certifi"
+        return f"the certificates {whose} cannot be read ({error.strerror or error})"
+    return None
 
 
 def _refused(error: Any, request: Request) -> HubError:

@@ -284,6 +284,22 @@ def test_a_proxy_that_cannot_be_used_is_broken(monkeypatch, address):
     assert (found.check, found.state, found.mend) == ("proxy", "broken", "correct or unset the variable")
 
 
+@pytest.mark.parametrize(("name", "content"), [("nowhere.pem", None), ("empty.pem", ""), ("folder", "/")])
+def test_certificates_that_cannot_be_read_are_broken_and_named(cli, monkeypatch, tmp_path, name, content):
+    path = tmp_path / name
+    if content == "/":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    found = [*around.network()][-1]
+    assert (found.check, found.state) == ("certificates", "broken") and f"of SSL_CERT_FILE={path} cannot be read" in found.found
+    assert "unset SSL_CERT_FILE" in found.mend
+    for mend in (lambda: monkeypatch.delenv("SSL_CERT_FILE"), lambda: monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))):
+        mend()
+        assert all(one.state == "ok" for one in around.network())
+
+
 # --- libraries
 
 def test_the_tested_versions_are_those_of_the_constraints():

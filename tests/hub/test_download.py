@@ -720,6 +720,17 @@ def test_a_cache_that_cannot_be_written(hub, folder, visit, tmp_path):
     assert error.kind == "cache" and "HF_HOME" in error.hint and str(tmp_path / "home" / "hub") in error.message
 
 
+def test_certificates_that_cannot_be_read_are_no_matter_of_the_cache(hub, folder, visit, monkeypatch, tmp_path):
+    from huggingface_hub import close_session
+
+    hub.add_repo(ID, folder)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nowhere.pem"))
+    close_session()  # one that was opened has read them already
+    error = failure()
+    assert error.kind == "offline" and f"SSL_CERT_FILE={tmp_path / 'nowhere.pem'} cannot be read" in error.message
+    assert "unset SSL_CERT_FILE" in error.hint and not hub.requests
+
+
 def test_a_cache_in_a_home_that_is_not_known(hub, folder, visit, monkeypatch):
     import pwd
 
