@@ -1,7 +1,7 @@
 """Ollama, for those who use it: find the server, upload a GGUF file, make a model of it, ask it.
 
 REST rather than `ollama create`, because it works for servers on other machines and in containers, answers with
-structured errors, and loses no characters (see `ollama_turns.lossy_runes`). The one route that old (0.33) and new
+structured errors, and loses no characters (see `go_text.lossy_runes`). The one route that old (0.33) and new
 (0.34.1) servers share: a finished GGUF as a blob, then /api/create with `files`; no adapters, no `quantize`, no
 `typical_p`. Source: Ollama's `server/create.go` and `server/routes.go`.
 """

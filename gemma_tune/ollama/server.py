@@ -122,9 +122,12 @@ def find_server(url: str, timeout: float = 3.0) -> Server | None:
 
 
 # The first releases that know an architecture (release notes and model pages of Ollama), and /api/create with `files`.
+# Of Qwen 3.5 it is the first that runs GGUF files as llama.cpp has them (ollama#14503; with experts ollama#15499).
 _FIRST_VERSION = {"gemma3": (0, 6, 0), "gemma3_text": (0, 6, 0), "qwen3": (0, 6, 6), "qwen3_moe": (0, 6, 6),
                   "gemma3n": (0, 9, 3), "gemma3n_text": (0, 9, 3), "gpt_oss": (0, 12, 0),
                   "ministral3": (0, 13, 1), "mistral3": (0, 13, 1),
+                  "qwen3_5": (0, 17, 5), "qwen3_5_text": (0, 17, 5),
+                  "qwen3_5_moe": (0, 30, 0), "qwen3_5_moe_text": (0, 30, 0),
                   "gemma4": (0, 20, 0), "gemma4_text": (0, 20, 0),
                   "gemma4_unified": (0, 20, 0), "gemma4_unified_text": (0, 20, 0)}
 _FIRST_CREATE = (0, 5, 5)
