@@ -54,6 +54,9 @@ def show_status(found: Any) -> None:
     for name, size in found.unused.items():
         screen.prose(Text(f"{name} ({small_size(size)}) is an adapter that a training started from, and nothing refers "
                           "to it any more: it can be deleted, or named with --from-adapter", style="dim"))
+    for name, size in found.unused_sight.items():
+        screen.prose(Text(f"{name} ({small_size(size)}) is what an earlier export saw with, and nothing refers to it "
+                          "any more: it can be deleted", style="dim"))
     for quant, again in found.gone.items():
         screen.prose(Text(f"! {quant} was recommended, and its file is gone; to make it again: {again}",
                           style="yellow"))

@@ -55,7 +55,8 @@ class RunStatus:
     wrong with the base model in a cache, as far as that was looked for; ``figures`` are by stage; ``best`` is step and
     value of the lowest validation loss of the recorded training; ``size`` counts the bytes of the run directory;
     ``unread`` names large artifacts whose time stamps are others than recorded; ``unused`` has the sizes, in bytes, of
-    copies of adapters that trainings started from and nothing refers to any more, by name.
+    copies of adapters that trainings started from and nothing refers to any more, by name, and ``unused_sight`` that of
+    the file with which what an earlier export made saw, where nothing names it any more.
     """
 
     root: Path
@@ -72,6 +73,7 @@ class RunStatus:
     note: str | None = None
     gone: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, int] = field(default_factory=dict)
+    unused_sight: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def damaged(self) -> bool:
@@ -86,6 +88,7 @@ class RunStatus:
                 "base_damage": self.base_damage.message if self.base_damage else None,
                 "best": {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None,
                 "bytes": self.size, "unread": list(self.unread), "unused_adapters": self.unused,
+                "unused_sight": self.unused_sight,
                 "stages": {stage: {"state": state, "ended": ended, "summary": self.figures[stage].summary,
                                    "bytes": sum(self.figures[stage].sizes.values()),
                                    "outputs": self.figures[stage].sizes} for stage, state, ended, _ in self.rows}}
@@ -149,7 +152,8 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
         next_step, note = None, f"wait for {owner}"
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
                      _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
-                     tuple(unread), note, gone(paths, manifest), {} if owner else _unused_adapters(paths, manifest))
+                     tuple(unread), note, gone(paths, manifest), {} if owner else _unused_adapters(paths, manifest),
+                     {} if owner else _unused_sight(paths, manifest))
 
 
 def _where(run: RunDir, stage: str, record: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> str:
@@ -198,6 +202,18 @@ def _unused_adapters(run: RunDir, manifest: Manifest) -> dict[str, int]:
         named |= {item["path"].split("/")[0] for item in record["inputs"].values()}
     return {copy.name: disk_usage(copy) for copy in (run.sft_adapter, *run.start_adapters())
             if copy.is_dir() and copy.name not in named}
+
+
+def _unused_sight(run: RunDir, manifest: Manifest) -> dict[str, int]:
+    """What an exported model saw with, by name and size in bytes, where neither the last export nor the Modelfile of an
+    earlier one names it."""
+    record = manifest.stages.get("export-ollama")
+    if record is None or "projector" in record["outputs"] or not run.projector.is_file():
+        return {}
+    told = (path.read_text(encoding="utf-8", errors="replace") for path in run.ollama.glob("Modelfile*"))
+    if any(f"FROM ./{run.projector.name}" in text.splitlines() for text in told):
+        return {}
+    return {run.relative(run.projector): run.projector.stat().st_size}
 
 
 def _settings_files(run: RunDir, record: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.cli.run_figures import small_size
 from gemma_tune.export import senses, served_sight, sight
 from gemma_tune.gguf.reader import read_gguf_metadata
 from support.command import MANIFEST_SCHEMA, QUICK, copied_run, invoke, rows, write_rows
@@ -154,10 +155,17 @@ def test_pictures_can_be_left_out_and_come_back(cli, quick, seeing):
     assert recorded()["summary"]["text_alone"] and "projector" not in recorded()["summary"]
     assert quick().json["status"] == "up-to-date", "as it was asked for before"
     assert "takes text alone, which its base model does not" in cli("status").err
+    said = f"ollama/{PROJECTOR.name} ({small_size(PROJECTOR.stat().st_size)}) is what an earlier export saw with, and nothing refers"
+    status = cli("status", "--json")
+    assert status.json["unused_sight"] == {f"ollama/{PROJECTOR.name}": PROJECTOR.stat().st_size} and said in status.err
+    (RUN / "ollama/Modelfile-q4_0").write_text(f"FROM ./seeing-q4_0.gguf\nFROM ./{PROJECTOR.name}\n")  # of an earlier export
+    assert cli("status", "--json").json["unused_sight"] == {}
+    (RUN / "ollama/Modelfile-q4_0").unlink()
     back = quick("--vision")
     assert "runs again: vision: False -> True" in back.err
     assert back.code == 0 and identity(Q8) == gguf and identity(PROJECTOR) != before
     assert back.json["summary"]["projector"] == first.json["summary"]["projector"]
+    assert cli("status", "--json").json["unused_sight"] == {}
 
 
 def test_a_run_that_was_exported_before_gets_its_sight(quick, seeing):
