@@ -25,6 +25,7 @@ from gemma_tune.run.state import prepared_since, superseded
 
 _MOST_ANSWERS = 100  # that are shown; the others are in answers.json
 _LONGEST = 20_000  # characters of a text
+_SENSES = {"vision": ("pictures", "图片"), "audio": ("sounds", "声音")}  # what a model takes, in both languages
 _OF_THE_PLACE = ("push", "private", "host")  # settings of a machine or an account, which make no other result
 
 
@@ -45,6 +46,8 @@ def contents(run: RunDir, manifest: Manifest) -> dict[str, Any]:
         "measures": _measures(summaries.get("eval", {})), "task_rows": _tasks(summaries.get("eval", {})),
         "few_rows": tables.FEW_ROWS, "answers": answers[:_MOST_ANSWERS], "more_answers": answers[_MOST_ANSWERS:],
         "formats": _formats(summaries.get("export-ollama", {})), "parity": _parity(summaries.get("export-ollama", {})),
+        "sight": _sight(summaries.get("export-ollama", {})),
+        "text_alone": f"{summaries.get('export-ollama', {}).get('text_alone') or ''}",
         "seconds": {name: _seconds(stage) for name, stage in manifest.stages.items()},
         "start": last_name(f"{settings.get('train', {}).get('from_adapter') or ''}"), "superseded": old,
         "commands": [] if newer else _commands(manifest, settings),
@@ -170,6 +173,17 @@ def _formats(exported: Mapping[str, Any]) -> dict[str, Any] | None:
     with _whatever_is_there():
         return {"rows": rows, "recommended": exported.get("recommended"), "chart": charts.formats_chart(rows)}
     return {"rows": rows, "recommended": None, "chart": None}
+
+
+def _sight(exported: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The file with which the exported model takes pictures and sounds, and what a check of it found."""
+    with _whatever_is_there():
+        found = exported["projector"]
+        apart = found.get("pictures_apart")
+        return {"file": f"{found['file']}", "bytes": int(found["bytes"]), "engine": f"{found.get('engine') or ''}",
+                "senses": sorted(_SENSES[sense] for sense in found["senses"]),
+                "apart": float(apart) if isinstance(apart, int | float) else None}
+    return None
 
 
 def _parity(exported: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -271,6 +271,28 @@ def test_a_browser_draws_it_without_scrolling_sideways(page, tmp_path, width):
     assert len(np.unique((drawn * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 30, "an empty page has few colours"
 
 
+def test_what_the_export_sees_with_is_told(tmp_path):
+    run = finished_run(tmp_path / "run", "Is the margin falling?")
+    content = json.loads(run.manifest.read_text())
+    summary = content["stages"]["export-ollama"]["summary"]
+    assert "pictures" not in Page(write_report(run)).text and "图片" not in Page(write_report(run)).text
+
+    def shown(**figures) -> str:
+        summary.update(figures)
+        run.manifest.write_text(json.dumps(content))
+        return " ".join(Page(write_report(run)).text.split())
+
+    alone = shown(text_alone="what is exported takes text alone, though the merged model takes <b>pictures</b>: --no-vision")
+    assert "though the merged model takes <b>pictures</b>: --no-vision" in alone and "导出的模型只接受文本" in alone
+    seeing = {"file": "mmproj-m-f16.gguf", "bytes": 855_000_000, "senses": ["vision"]}
+    told = shown(projector=seeing)
+    assert "With mmproj-m-f16.gguf (855 MB) each of them takes pictures, as the base model does" in told
+    assert "以上各文件与基础模型一样可读取图片" in told and "answered about a picture" not in told and "text alone" not in told
+    told = shown(projector=seeing | {"senses": ["vision", "audio"], "engine": "llama.cpp 1", "pictures_apart": 0.456})
+    assert "takes pictures and sounds, as" in told and "可读取图片和声音" in told
+    assert "llama.cpp 1 answered about a picture" in told and "differ by up to" in told and "45.6 %" in told
+
+
 def test_a_good_file_of_an_earlier_export_is_among_the_formats(tmp_path):
     run = finished_run(tmp_path / "run", "Is the margin falling?")
     content = json.loads(run.manifest.read_text())
