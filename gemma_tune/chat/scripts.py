@@ -23,6 +23,7 @@ from gemma_tune.chat.conversation import Conversation
 from gemma_tune.chat.voice import Voice
 from gemma_tune.data.conversations import layouts
 from gemma_tune.data.conversations.layouts import SYSTEMS
+from gemma_tune.data.conversations.pictures import pictures_in
 from gemma_tune.data.conversations.problems import Problem, damaged
 from gemma_tune.data.conversations.tools import declarations
 from gemma_tune.data.conversations.turns import Turn, conversation
@@ -167,6 +168,8 @@ def _conversation_in(row: dict[str, Any], where: str) -> tuple[list[Turn], list[
     draft = layouts.messages(row, problems)
     tools = declarations(draft.tools, problems)
     turns = conversation(draft.messages, problems, answered=False)
+    if pictures_in(turns):
+        problems.append(Problem("picture", "it has pictures, and text alone is asked", "leave it out"))
     _refuse(problems, where)
     if turns[-1]["role"] not in ("user", "tool"):
         ends = "an answer" if turns[-1]["role"] == "assistant" else "the system's turn"

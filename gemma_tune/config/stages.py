@@ -28,7 +28,9 @@ LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds
 USES = ("adapter", "merged", "gguf", "base", "ollama")
 FORMATS = ("messages", "alpaca", "sharegpt", "gemini", "prompt-completion", "columns", "rendered", "text",
            "preference")
-COLUMN_ROLES = ("user", "assistant", "system", "context", "reasoning", "chosen", "rejected", "turns", "tools")
+COLUMN_ROLES = ("user", "assistant", "system", "context", "reasoning", "chosen", "rejected", "turns", "tools",
+                "images")
+_NOT_OF_PAIRS = ("assistant", "turns", "context", "reasoning", "images")
 ROLES = ("system", "user", "assistant", "tool")
 TURN_KEYS = ("role", "content")
 _TABS = {"tab": "\t", "\\t": "\t"}  # how people write what a command line hardly takes
@@ -75,7 +77,7 @@ class PrepareConfig(StageConfig):
                                           "(put below the question), the column of a list of turns: "
                                           "turns=dialogue, or those of pairs: user=…,chosen=…,rejected=…. "
                                           "reasoning=… names what is thought before the answer, tools=… the "
-                                          "declarations of tools.", auto="none")
+                                          "declarations of tools, images=… the pictures.", auto="none")
     roles: tuple[str, ...] = option((), "Names that the data has for the roles of turns, such as "
                                         "customer=user,bot=assistant; the roles are system, user, assistant, tool.",
                                     auto="the usual names")
@@ -165,7 +167,7 @@ class PrepareConfig(StageConfig):
         if "turns" in roles and (others := sorted(roles & {"user", "assistant", "context", "reasoning"})):
             problems.append(f"columns: `turns=…` excludes `{others[0]}=…`, as the turns hold it")
         elif roles & {"chosen", "rejected"} and not problems and (
-                not {"chosen", "rejected"} <= roles or roles & {"assistant", "turns", "context", "reasoning"}):
+                not {"chosen", "rejected"} <= roles or not roles.isdisjoint(_NOT_OF_PAIRS)):
             problems.append("columns: pairs need `user=…`, `chosen=…` and `rejected=…`, and no others but `system=…`")
         elif self.columns and not problems and "turns" not in roles and not (
                 {"user", "assistant"} <= roles or {"chosen", "rejected"} <= roles):

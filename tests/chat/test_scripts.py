@@ -57,7 +57,8 @@ def test_a_row_that_was_cut_off_is_no_prompt():
      "turn 2 (assistant) is empty"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "system", "content": "c"}, '
      '{"role": "user", "content": "d"}]}', "turn 3 is a system message; it can only be the first"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}', "'image_url', not text"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}', "'image_url', a picture that the row does not have"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]}', "it has pictures, and text alone is asked"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "end with the system's turn"),
     ('{"prompt": 3}', "no text"), ('{"prompt": [], "messages": []}', "both messages and a prompt"), ('{"messages": []}', "an empty list"), ('{"messages": [{"role": "x"}]}', "the role 'x'"),
     ('{"messages": "hello"}', "is text, not a list of turns"), ('{"prompt": "a \\ud800 b"}', "the prompt contains damaged characters"),

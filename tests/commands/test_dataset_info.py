@@ -109,7 +109,8 @@ def test_what_the_entry_does_not_name_is_not_read_and_reported(prepare):
 
 
 REFUSED = {
-    "images": ({"columns": {"prompt": "q", "response": "a", "images": "pics"}}, "names images (`pics`)"),
+    "videos": ({"columns": {"prompt": "q", "response": "a", "videos": "clips"}}, "names videos (`clips`)"),
+    "images-without-an-answer": ({"columns": {"prompt": "q", "images": "pics"}}, "`columns` names `images`, and no `response`"),
     "formatting": ({"formatting": "mystery"}, "its `formatting` is 'mystery'"),
     "unknown": ({"num_sample": 5}, "`num_sample`, which is not known; did you mean `num_samples`?"),
     "unknown-column": ({"columns": {"prompt": "q", "respons": "a"}}, "`respons`, which is not known; did you mean `response`?"),

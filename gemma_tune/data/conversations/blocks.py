@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gemma_tune.data.conversations.pictures import COLUMNS, OWN, holds
+
 _CALL, _RESULT = "tool_use", "tool_result"
 
 
@@ -29,7 +31,8 @@ def _pieces(turn: Any) -> list[Any]:
     if turn.get("role") == "user" and _RESULT in types:
         count = types.count(_RESULT)
         if all(sort == _RESULT for sort in types[:count]):
-            said = [{**turn, "content": parts[count:]}] if parts[count:] else []
+            more = parts[count:] or any(holds(turn.get(key)) for key in (*COLUMNS, OWN))
+            said = [{**turn, "content": parts[count:]}] if more else []
             return [*map(_result, parts[:count]), *said]
     return [turn]
 

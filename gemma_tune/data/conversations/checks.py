@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma_tune.base.words import near
 from gemma_tune.data.conversations.formats import Example
+from gemma_tune.data.conversations.places import PLACE
 from gemma_tune.data.conversations.problems import Problem
 
 _FOREIGN = """
@@ -102,8 +103,9 @@ class TextChecks:
             found.append(Problem("template_marker", f"{where} contains the chat template's own {_list(own)}",
                                  f"remove {_list(own)} from the text"))
         if self._foreign and "<" in text and (picture := _PICTURE.search(text)):
-            fix = ("leave the row out, as text alone is learned; or use --allow foreign_marker if it is meant to be "
-                   "there")
+            what = "give the row `images`, or leave it out" if PLACE in picture[0] else (
+                "leave the row out, as text and pictures alone are learned")
+            fix = f"{what}; or use --allow foreign_marker if it is meant to be there"
             found.append(Problem("foreign_marker", f"{where} contains {picture[0].strip()}, the place of something "
                                                    "that is not text", fix))
         if foreign:

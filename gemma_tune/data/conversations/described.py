@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_tune.data.conversations.names import Names
+from gemma_tune.data.conversations.pictures import MEDIA, holds
 from gemma_tune.data.conversations.problems import Problem, RowError, kind
 from gemma_tune.data.conversations.shaped import Shaped
 from gemma_tune.data.reading.rows import Description
@@ -13,7 +14,6 @@ from gemma_tune.data.reading.rows import Description
 _KNOWN_AS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _TAGGED = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "observation",
            "function_tag": "function_call", "system_tag": "system"}
-MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 
 def is_text(description: Description) -> bool:
@@ -45,7 +45,9 @@ def as_described(row: Any, description: Description) -> Shaped:
         known = {"prompt": _question(known, "\n\n")} | answer | rest
     elif description.formatting == "sharegpt":
         known = _tagged(known, dict(description.tags))
-    others = {key if key in MEDIA else f"{key} (not in {description.file.name})": value
+    if media := [key for key in row if key in MEDIA and key not in columns.values() and holds(row[key])]:
+        raise RowError([_unnamed(media[0], description)])
+    others = {f"{key} (not in {description.file.name})": value
               for key, value in row.items() if key not in columns.values()}
     return Shaped(known | others, own)
 
@@ -60,6 +62,12 @@ def _missing(row: Mapping[str, Any], key: str, description: Description) -> Prob
     return Problem("missing_column", f"the column `{column}` is missing, which is the `{key}` by the entry "
                                      f"`{description.name}` of {description.file}; the row has {there}",
                    "correct the entry, or leave the row out")
+
+
+def _unnamed(column: str, description: Description) -> Problem:
+    return Problem("picture", f"the row has `{column}`, which the entry `{description.name}` of {description.file} "
+                              "does not name, and what is said may be about that",
+                   'name pictures in `columns` of the entry, as "images"; or leave the row out')
 
 
 def _question(known: Mapping[str, Any], between: str) -> Any:

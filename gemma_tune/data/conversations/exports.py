@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gemma_tune.data.conversations.parts import NO_TEXT
 from gemma_tune.data.conversations.problems import Problem, RowError, quoted
 from gemma_tune.data.conversations.shaped import Fields, Shaped, without
-from gemma_tune.data.conversations.turns import NO_TEXT
 
 _SHOWN = ("text", "multimodal_text")  # of ChatGPT's types of content
 _HIDDEN, _VERSIONS = "thoughts, tools and what else is not shown", "other versions"  # that are left out

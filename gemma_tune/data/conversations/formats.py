@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma_tune.base import strict_json
 from gemma_tune.base.shell import of_posix
-from gemma_tune.data.conversations import described, layouts, marks, preference, shapes, tools, unread
+from gemma_tune.data.conversations import described, layouts, marks, pictures, preference, shapes, tools, unread
 from gemma_tune.data.conversations.gemini import gemini, is_gemini
 from gemma_tune.data.conversations.glaive import glaive, is_chat
 from gemma_tune.data.conversations.indexed import is_vertex
@@ -21,7 +21,7 @@ from gemma_tune.data.conversations.logs import is_logged
 from gemma_tune.data.conversations.names import Names
 from gemma_tune.data.conversations.problems import Problem, RowError, damaged, kind, python_list
 from gemma_tune.data.conversations.rendered import is_marked, is_rendered, rendered, with_prompt_apart
-from gemma_tune.data.conversations.shaped import Shaped
+from gemma_tune.data.conversations.shaped import Shaped, without
 from gemma_tune.data.conversations.turns import Turn, conversation
 from gemma_tune.data.conversations.unnamed import found_columns, is_beside_text, unnamed
 from gemma_tune.data.reading.rows import Description, Row
@@ -150,7 +150,16 @@ class Formats:
             code = "broken_json" if row.error.startswith("not valid JSON") else "broken_row"
             repairs = (of_posix(how) for what, how in _REPAIRS.items() if what in row.error)
             raise RowError([Problem(code, row.error, next(repairs, "repair the line, or leave it out"))])
-        return self.example(row.value) if row.described is None else self._described(row.value, row.described)
+        if row.described is not None:
+            return self._described(row.value, row.described)
+        own = pictures.columns_of_folder(row.file, row.value)
+        if not own or not {*own.values()}.isdisjoint(self.columns.values()):
+            return self.example(row.value)
+        try:
+            return self.example({name: row.value[column] for name, column in own.items()}
+                                | without(row.value, *own.values()))
+        except RowError as error:
+            raise shapes.called(error, own) from None
 
     def _described(self, value: Any, description: Description) -> Example:
         """The checked example of a row that is read as an entry says, whatever the others are."""
@@ -211,7 +220,7 @@ class Formats:
             raise RowError([problem])
         format = self._format(value)
         if format == "text" and self.take != "pairs":
-            return _text(value)
+            return _text(value, self.name is not None)
         if self.take == "pairs" and (format != "preference" or marks.is_good(value) is not None):
             raise RowError([Problem("no_pair", "it has no better and worse answer, and --take pairs takes nothing else",
                                     "give it a file and a run of its own, without --take pairs")])
@@ -227,19 +236,27 @@ class Formats:
         else:
             draft = _READERS[format](value, problems)
         mended: list[str] = []
-        messages = self._turns(draft, problems, mended)
+        messages = self._turns(draft, problems, mended, self._pictures(value, format, problems))
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
-        if not described.MEDIA.isdisjoint(value) and (media := [key for key in described.MEDIA if value.get(key)]):
-            problems.append(Problem("not_text", f"the row has `{media[0]}`; only text can be learned",
-                                    "leave the row out"))
         if problems:
             raise RowError(_with_the_text_kept(problems, format, value))
         return Example(format, messages, declared or None, None,
                        unread.of_row(value, format, self.columns, draft.messages), mended=tuple(mended))
 
-    def _turns(self, draft: layouts.Draft, problems: list[Problem], mended: list[str]) -> list[Turn]:
+    def _turns(self, draft: layouts.Draft, problems: list[Problem], mended: list[str],
+               shown: pictures.Column | None = None) -> list[Turn]:
         """The checked turns of a draft; ``mended`` takes what was done about those that do not alternate."""
-        return conversation(draft.messages, problems, draft.key, mended=mended if self.mends else None)
+        return conversation(draft.messages, problems, draft.key, mended=mended if self.mends else None, pictures=shown)
+
+    def _pictures(self, row: Fields, format: str, problems: list[Problem]) -> pictures.Column | None:
+        """The pictures in the row's columns; few rows have such."""
+        named = self.columns.get("images") if format == "columns" else None
+        if named is None and pictures.MEDIA.isdisjoint(row):
+            return None
+        if named is not None and named not in row and (others := [key for key in row if pictures.seems_one(row[key])]):
+            problems.append(Problem("missing_column", f"the column `{named}` is missing, and `{others[0]}` has a "
+                                                      "picture", "correct --columns, or leave the row out"))
+        return pictures.beside("", row, problems, named)
 
     def _as_pair(self, row: Fields) -> Fields:
         """With the columns of a pair under the names that are known, where ``--columns`` names them; a prompt that is
@@ -255,10 +272,12 @@ class Formats:
 
     def _preference(self, value: Fields, problems: list[Problem]) -> Example:
         """A pair, or a judged answer."""
+        rejected, good = None, marks.is_good(value)
+        if problem := preference.with_pictures(value, (), good):
+            raise RowError([problem])
         draft = preference.better(value, problems)
         mended: list[str] = []
         messages = self._turns(draft, problems, mended)
-        rejected, good = None, marks.is_good(value)
         if good is not None:
             messages = preference.with_answer_alone(messages, preference.last_answer(messages))
         else:
@@ -270,6 +289,7 @@ class Formats:
             if not problems and (pair := preference.pair_of(messages, worse, problems)):
                 messages, rejected = pair
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
+        problems += filter(None, [preference.with_pictures(value, [*messages, *(rejected or ())], good)])
         if problems:
             raise RowError(_with_the_text_kept(list(dict.fromkeys(problems)), "preference", value))
         return Example("preference", messages, declared or None, None,
@@ -354,8 +374,15 @@ def _with_the_text_kept(problems: list[Problem], format: str, row: Fields) -> li
         if problem.code in ("alternation", "system_inside") else problem for problem in problems]
 
 
-def _text(row: Fields) -> Example:
+def _text(row: Fields, alone: bool) -> Example:
+    """A text for continued training.
+
+    Args:
+        alone: whether it was said that nothing else is learned, whatever stands beside it.
+    """
     text = row["text"]
+    if not alone and (shown := [name for name in pictures.COLUMNS if pictures.holds(row.get(name))]):
+        raise RowError([pictures.unasked(shown[0], "text")])
     if not isinstance(text, str):
         raise RowError([Problem("not_text", f"`text` is {kind(text)}, not text", "make `text` a string")])
     if not text.strip():

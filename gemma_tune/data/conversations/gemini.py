@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_tune.data.conversations.layouts import Draft, with_system
+from gemma_tune.data.conversations.pictures import OWN, reference
 from gemma_tune.data.conversations.problems import Problem, kind, quoted
 
 _CALL = ("functionCall", "function_call")
 _RESPONSE = ("functionResponse", "function_response")
 _ROLES = {None: "user", "model": "assistant", "function": "user"}
+_DATA = ("inlineData", "inline_data", "fileData", "file_data")
 _BESIDE = ("thought", "thoughtSignature", "thought_signature")  # what stands beside the content of a part
 
 
@@ -33,6 +35,9 @@ def gemini(row: Mapping[str, Any], problems: list[Problem]) -> Draft:
         texts, others = _parted(f"`{key}`", parts, problems)
         if others:
             problems.append(Problem("not_text", f"`{key}` has more than text", "leave only text in it"))
+        if OWN in texts:
+            problems.append(Problem("picture", f"`{key}` has a picture", "pictures are learned in turns of the user "
+                                                                          "alone: move it there, or leave the row out"))
         if texts["content"]:
             turns.insert(0, {"role": "system", "content": texts["content"]})
     return Draft(with_system(turns, row, problems), "contents", _tools(row.get("tools")))
@@ -49,13 +54,14 @@ def _turns(where: str, content: Mapping[str, Any], problems: list[Problem]) -> l
     turn = {**more, "role": role, **texts}
     if calls:
         turn["tool_calls"] = calls
-    said = texts["content"] or calls or not results
+    said = texts["content"] or OWN in texts or calls or not results
     return [*results, turn] if said else results
 
 
-def _parted(where: str, parts: Any, problems: list[Problem]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """The texts of parts (what is said, what is thought), and the calls and responses by their key."""
-    said, thought, others = [], [], []
+def _parted(where: str, parts: Any, problems: list[Problem]) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """The texts of parts (what is said, what is thought) with the pictures in what is said, as a turn has them that was
+    prepared; and the calls and responses by their key."""
+    said, thought, others, pictures = [], [], [], []
     parts = [parts] if isinstance(parts, (str, dict)) else parts
     if not isinstance(parts, list):
         problems.append(Problem("not_text", f"the parts of {where} are {kind(parts)}, not a list",
@@ -69,13 +75,21 @@ def _parted(where: str, parts: Any, problems: list[Problem]) -> tuple[dict[str, 
             filled.remove("text")
         if filled == ["text"] and isinstance(part["text"], str):
             (thought if part.get("thought") is True else said).append(part["text"])
+        elif len(filled) == 1 and filled[0] in _DATA:
+            read = reference(f"a part of {where}", part[filled[0]])
+            if isinstance(read, Problem):
+                problems.append(read)
+            else:
+                pictures.append({"at": sum(map(len, said)), **read})
         elif len(filled) == 1 and filled[0] in _CALL + _RESPONSE:
             others.append((filled[0], part[filled[0]]))
         else:
             what = next((key for key in filled if key != "text"), None)
             problems.append(Problem("not_text", f"a part of {where} is {kind(part) if what is None else quoted(what)}; "
-                                                "only text and function calls can be learned", "leave the row out"))
-    texts = {"content": "".join(said)} | ({"reasoning_content": "".join(thought)} if thought else {})
+                                                "only text, pictures and function calls can be learned",
+                                    "leave the row out"))
+    texts = {"content": "".join(said)} | ({"reasoning_content": "".join(thought)} if thought else {}) | (
+        {OWN: pictures} if pictures else {})
     return texts, others
 
 

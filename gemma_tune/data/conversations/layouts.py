@@ -14,6 +14,7 @@ from gemma_tune.data.conversations.blocks import blocks_apart
 from gemma_tune.data.conversations.hermes import calls_apart
 from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.names import exchange
+from gemma_tune.data.conversations.pictures import COLUMNS, holds
 from gemma_tune.data.conversations.problems import Problem, kind, python_list, several
 from gemma_tune.data.conversations.pythonic import calls_apart as python_calls_apart
 from gemma_tune.data.conversations.pythonic import is_pythonic
@@ -261,7 +262,7 @@ def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Pro
     """The columns named on the command line: ``{"user": "question", "assistant": "answer"}``; and ``history``.
 
     A column ``turns`` holds a list of turns instead; ``context`` is put below the question, and ``reasoning`` is
-    what is thought before the answer.
+    what is thought before the answer. Pictures, in ``images`` or the usual columns, are read elsewhere.
     """
     if "turns" in names:
         return _named_turns(row, names, problems)
@@ -274,7 +275,8 @@ def columns(row: Mapping[str, Any], names: Mapping[str, str], problems: list[Pro
         text = text_of(row, names[role], problems)
         if text.strip() and role == "user" and "context" in names:
             text = "\n\n".join(filter(str.strip, (text, text_of(row, names["context"], problems))))
-        if text.strip():
+        pictures = [names["images"]] if "images" in names else COLUMNS
+        if text.strip() or role == "user" and any(holds(row.get(name)) for name in pictures):  # which may say it all
             turns.append({"role": role, "content": text})
         elif role != "system":
             if names[role] in row:

@@ -29,6 +29,7 @@ from gemma_tune.data.conversations.layouts import (
     with_system,
 )
 from gemma_tune.data.conversations.marks import PAIRS, filled_pair, is_good, marked, pair_in
+from gemma_tune.data.conversations.pictures import COLUMNS, MEDIA, holds, pictures_in
 from gemma_tune.data.conversations.problems import Problem, several
 from gemma_tune.data.conversations.rendered import is_marked, prompt_apart, turns_in_text
 from gemma_tune.data.conversations.turns import Turn
@@ -100,6 +101,22 @@ def _first_learned(turns: Sequence[Any]) -> int:
     if not any("train" in turns[n] for n in own):
         own = own[-1:]
     return next((n for n in own if turns[n].get("train") is not False), len(turns))
+
+
+def with_pictures(row: Mapping[str, Any], turns: Sequence[Turn], good: bool | None) -> Problem | None:
+    """The problem of a pair, or a judged answer, whose question or answers have pictures.
+
+    Args:
+        turns: of all its answers.
+        good: the mark of a judged answer; None of a pair.
+    """
+    column = next((name for name in row if name in MEDIA and holds(row[name])), None)
+    if column is None and not pictures_in(turns):
+        return None
+    what, fix = ("pair of answers has", "use --take chosen to learn the better answers of all pairs, or leave the row "
+                                        "out") if good is None else ("judged answer has", "leave the row out")
+    return Problem("preference", f"a {what} {f'`{column}`' if column else 'pictures'} beside it, and with pictures "
+                                 "plain conversations alone are learned", fix)
 
 
 class Pair(NamedTuple):
@@ -308,7 +325,7 @@ def _without_answer(row: Mapping[str, Any], turns: list[Any]) -> list[Any]:
 
 def columns_read(row: Mapping[str, Any]) -> set[str]:
     """Names of the columns that become part of a pair, or of a judged answer; what only repeats them counts as read."""
-    pair, always = filled_pair(row), {*SYSTEMS, "tools", "functions"}
+    pair, always = filled_pair(row), {*SYSTEMS, *COLUMNS, "tools", "functions"}
     if pair is not None:
         if pair[0] == "messages":
             return always | {*pair}

@@ -13,6 +13,7 @@ from gemma_tune.base import strict_json
 from gemma_tune.base.shell import of_posix
 from gemma_tune.data.conversations import exports, indexed, logs
 from gemma_tune.data.conversations.layouts import is_conversation, turn_list
+from gemma_tune.data.conversations.pictures import MEDIA
 from gemma_tune.data.conversations.problems import Problem, RowError, several
 from gemma_tune.data.conversations.shaped import Fields, Shaped, without
 
@@ -104,7 +105,8 @@ def _swift(row: Fields) -> Shaped | None:
 # and what may stand beside them, as it neither belongs to the question nor could be the answer.
 _USUAL = (("question", "answer"), ("Question", "Answer"), ("q", "a"), ("Q", "A"), ("prompt", "response"),
           ("Prompt", "Response"), ("问题", "答案"), ("问题", "回答"))
-_BESIDE = frozenset(("id", "_id", "idx", "index", "uuid", "source", "system", "system_prompt", "system_message"))
+_BESIDE = frozenset(("id", "_id", "idx", "index", "uuid", "source", "system", "system_prompt", "system_message",
+                     *MEDIA))
 
 
 def _usual(row: Fields) -> Shaped | None:

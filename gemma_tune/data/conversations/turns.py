@@ -2,14 +2,15 @@
 
 A normalised turn has ``role`` (system, user, assistant, tool) and ``content`` (text, with its outer white space: what
 becomes of that is for the chat template to say), and where they apply ``tool_calls``, ``tool_call_id``, ``name`` (of
-the tool that answers), ``reasoning_content`` and ``"train": False``. Nothing else is kept.
+the tool that answers), ``reasoning_content`` and ``"train": False``; the user's also ``pictures``, see ``pictures``.
+Nothing else is kept.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -18,6 +19,9 @@ from gemma_tune.base import shell, strict_json
 from gemma_tune.data.conversations import tools
 from gemma_tune.data.conversations.learned import is_learned
 from gemma_tune.data.conversations.names import exchange, role_fix, speaker_inside, suggested_keys, suggested_saying
+from gemma_tune.data.conversations.parts import THOUGHTS, joined
+from gemma_tune.data.conversations.pictures import MEDIA, OWN, Column, again, beside, holds
+from gemma_tune.data.conversations.places import Supply, said_by
 from gemma_tune.data.conversations.problems import Problem, blank, damaged, kind, python_list, quoted, several
 from gemma_tune.data.conversations.uneven import evened
 
@@ -34,18 +38,18 @@ ROLES = {
 CALLING = ("function_call", "tool_call")  # roles of turns that are a call, as ShareGPT and ms-swift have it
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call", "function_calls", "additional_kwargs")
-_TEXT_PARTS = ("text", "input_text", "output_text")
 PLAIN = ({"role", "content"}, {"from", "value"})
 
 
 def conversation(messages: Any, problems: list[Problem], key: str = "messages", *, answered: bool = True,
-                 mended: list[str] | None = None) -> list[Turn]:
+                 mended: list[str] | None = None, pictures: Column | None = None) -> list[Turn]:
     """The normalised turns of ``messages``; what is wrong with them is added to ``problems``.
 
     Args:
         key: the column they come from, for the message.
         answered: whether it has to end with an answer to learn; else marks of what is learned are passed over.
         mended: takes what was done about turns that do not alternate; None where they stay as they are.
+        pictures: those that stand beside the turns, for the places that are in them.
     """
     if problem := python_list(f"`{key}`", messages) or _broken_list(key, messages):
         problems.append(problem)
@@ -54,8 +58,11 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages", 
         problems.append(Problem("no_messages", f"`{key}` is {'an empty list' if messages == [] else kind(messages)}, "
                                                "not a list of turns", 'write [{"role": "user", "content": "…"}, …]'))
         return []
-    turns = [_turn(number, messages, problems, answered) for number in range(1, len(messages) + 1)]
+    supply = pictures and _supply(pictures, dict(enumerate(messages, start=1)))
+    turns = [_turn(number, messages, problems, answered, supply) for number in range(1, len(messages) + 1)]
     known = [turn for turn in turns if turn is not None]
+    if supply and not problems and (problem := supply.unfit(known)):
+        problems.append(problem)
     if len(known) == len(turns):  # where a role is unknown, the order cannot be judged
         known, numbers = _with_calls(known, messages)
         if known[0]["role"] == "system" and blank(known[0]["content"]) and len(known) > 1:
@@ -143,7 +150,15 @@ def _calls_at_once(turns: Sequence[Turn], messages: Sequence[Turn]) -> set[int]:
     return found
 
 
-def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answered: bool) -> Turn | None:
+def _supply(pictures: Column, messages: Mapping[int, Any]) -> Supply:
+    """The pictures for the places in turns, which are here by their numbers."""
+    objects = {number: message for number, message in messages.items() if isinstance(message, dict)}
+    asked = {number: message for number, message in objects.items() if role_of(message) == "user"}
+    return Supply(pictures, asked, {number: turn for number, turn in objects.items() if number not in asked})
+
+
+def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answered: bool,
+          supply: Supply | None) -> Turn | None:
     message = messages[number - 1]
     if not isinstance(message, dict):
         problems.append(Problem("not_an_object", f"turn {number} is {kind(message)}, not an object",
@@ -153,17 +168,20 @@ def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answere
     if role is None:
         problems.append(_no_role(number, message, messages))
         return None
-    content = message.get("content")
-    content = message.get("value") if content is None else content
+    content = said_by(message)
     turn: Turn = {"role": role, "content": ""}
     if name in CALLING:
         turn["tool_calls"] = tools.calls(f"turn {number}", content, problems)
         content = ""
+    own = None
     if message.keys() not in PLAIN:
         _extras(number, message, turn, problems, answered)
+        own = _own_pictures(number, message, role, problems)
     if role == "assistant" and isinstance(content, list):
         content = _without_thoughts(f"turn {number}", content, turn, problems)
-    _content(number, content, turn, problems, None if content is not None else suggested_saying(message))
+    _content(number, message, content, turn, problems, (own or supply) if role == "user" else None)
+    if own and not problems and (problem := own.unfit([turn])):
+        problems.append(problem)
     if role == "assistant" and "reasoning_content" not in turn and _is_begun_by_prompt(turn["content"]):
         turn["content"] = f"{_THINK[0]}\n{turn['content']}"
     begins = turn["content"].lstrip().startswith(_THINK[0])
@@ -217,23 +235,45 @@ def _keys(message: Turn) -> str:
     return ", ".join(quoted(key) for key in list(message)[:6])
 
 
-def _content(number: int, content: Any, turn: Turn, problems: list[Problem], other_key: str | None) -> None:
-    """Put what is said into a turn; ``other_key`` seems to have it where it is missing."""
-    role = turn["role"]
-    may_be_empty = role == "tool" or "tool_calls" in turn or role == "system" and number == 1
+def _own_pictures(number: int, message: Turn, role: str, problems: list[Problem]) -> Supply | None:
+    """The pictures under a key of the turn itself, as Ollama has them."""
+    if MEDIA.isdisjoint(message) and OWN not in message:
+        return None
+    found = beside(f" of turn {number}", message, problems)
+    if role == "user" or not found and not holds(message.get(OWN)):
+        return found and _supply(found, {number: {key: message[key] for key in message if key not in (*MEDIA, OWN)}})
+    where = found.where if found else f"`{OWN}` of turn {number}"
+    problems.append(Problem("picture", f"{where} has pictures, and the turn is the {role}'s",
+                            "pictures are learned in turns of the user alone: move them there, or leave the row out"))
+    return None
+
+
+def _content(number: int, message: Turn, content: Any, turn: Turn, problems: list[Problem],
+             supply: Supply | None) -> None:
+    """Put what is said into a turn, and the pictures that stand in it."""
+    role, pictures = turn["role"], []
     if role == "tool" and (isinstance(content, dict) or several("", content)):
         content = _as_json(content)
-    elif isinstance(content, list):
-        content = _joined(number, content, "" if role == "assistant" else "\n", problems)
+    elif isinstance(content, list) or supply and isinstance(content, str):
+        said = joined(number, content if isinstance(content, list) else [{"text": content}], role, supply, problems)
+        if said is None:
+            return
+        content, pictures = said
     if content is None and "tool_calls" in turn:
         content = ""
     if not isinstance(content, str):
-        if content is not _REPORTED:
-            problems.append(Problem("not_text", f"the content of turn {number} is {kind(content)}, not text",
-                                    f"if `{other_key}` has it, name that: --turn-keys content={other_key}" if other_key
-                                    else "make it a string"))
+        other_key = None if content is not None else suggested_saying(message)
+        problems.append(Problem("not_text", f"the content of turn {number} is {kind(content)}, not text",
+                                f"if `{other_key}` has it, name that: --turn-keys content={other_key}" if other_key
+                                else "make it a string"))
         return
+    if role == "user" and holds(message.get(OWN)):
+        pictures += again(number, message[OWN], content, problems)
     turn["content"] = content
+    if pictures:
+        turn[OWN] = sorted(pictures, key=lambda picture: picture["at"])
+    may_be_empty = (role == "tool" or "tool_calls" in turn or role == "system" and number == 1
+                    or pictures or supply and supply.is_short)
     if not may_be_empty and blank(content):
         problems.append(Problem("empty_turn", f"turn {number} ({role}) is empty", "fill it or leave the row out"))
     elif damaged(content):
@@ -241,46 +281,10 @@ def _content(number: int, content: Any, turn: Turn, problems: list[Problem], oth
                                 "export the text as UTF-8 again"))
 
 
-NO_TEXT = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file",
-            "input_file")
-_OF_TOOLS = ("tool_use", "tool_result", "server_tool_use", "tool_call")  # Anthropic's, and LLaMA-Factory's
-_THOUGHTS = ("thinking", "reasoning")  # likewise
-_REPORTED = object()  # in place of a content whose problem is already in the list
-
-
-def _joined(number: int, parts: list[Any], between: str, problems: list[Problem]) -> Any:
-    """The text of a list of parts.
-
-    An answer's parts are pieces of one text that a model has written, as where Anthropic's citations divide it, and
-    templates that read parts (Gemma 3's and 4's, Qwen 3.5's, LFM2.5's) write them with nothing between. They do so with
-    what is asked, too, but where a run ends no such template gets parts: llama.cpp writes them one below the other for
-    every template that takes a text (`common_chat_msgs_to_json_oaicompat`), as vLLM does for one that takes nothing
-    else (`_get_full_multimodal_text_prompt`), and Ollama makes turns of them, which its templates get with an empty
-    line between (`collate`). They are paragraphs there, so a line break stands between.
-    """
-    if problem := several(f"the content of turn {number}", parts):
-        problems.append(problem)
-        return _REPORTED
-    texts = []
-    for position, part in enumerate(parts, start=1):
-        is_text = isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS
-        text = part.get("text", part.get("value")) if is_text else None  # LLaMA-Factory says `value`
-        if not isinstance(text, str):
-            sort = part.get("type") if isinstance(part, dict) else None
-            what = kind(part) if sort is None else quoted(sort)
-            problems.append(Problem(
-                "not_text", f"the content of turn {number} is a list whose part {position} is "
-                            f"{'a bare text' if isinstance(part, str) else f'{what}, not text'}",
-                _part_fix(sort)))
-            return _REPORTED
-        texts.append(text)
-    return between.join(texts)
-
-
 def _without_thoughts(where: str, parts: list[Any], turn: Turn, problems: list[Problem]) -> list[Any]:
     """The parts of a content but for the thoughts in front, which become the turn's reasoning; templates write that
     before what is said, so that a thought behind a text would change its place."""
-    thoughts = [*takewhile(lambda part: isinstance(part, dict) and part.get("type") in _THOUGHTS, parts)]
+    thoughts = [*takewhile(lambda part: isinstance(part, dict) and part.get("type") in THOUGHTS, parts)]
     texts = [part.get("thinking", part.get("value")) for part in thoughts]
     if not texts or not all(isinstance(text, str) for text in texts):
         return parts
@@ -290,17 +294,6 @@ def _without_thoughts(where: str, parts: list[Any], turn: Turn, problems: list[P
                                              "parts of its content", "keep one of them"))
     _reasoning(where, {"reasoning_content": text}, turn, problems)
     return parts[len(thoughts):]
-
-
-def _part_fix(sort: Any) -> str:
-    """What to do about a part of that type, which is no text."""
-    if sort in NO_TEXT:
-        return "text alone is learned: leave the part out, or the row"
-    if sort in _OF_TOOLS:
-        return "write a call as `tool_calls` of the assistant's turn, and its result as a turn of the role `tool`"
-    if sort in _THOUGHTS:
-        return "write a thought as `reasoning_content` of the assistant's turn, which is a text"
-    return 'write each part as {"type": "text", "text": "…"}, or the content as one text'
 
 
 def _as_json(value: Any) -> Any:

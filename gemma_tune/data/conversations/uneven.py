@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gemma_tune.data.conversations.pictures import OWN, Picture
 from gemma_tune.data.conversations.problems import blank
 
 Turn = dict[str, Any]
@@ -73,6 +74,13 @@ def _belong_together(before: Turn, turn: Turn) -> bool:
 
 
 def _as_one(before: Turn, turn: Turn) -> Turn:
-    texts = [text for text in (before["content"], turn["content"]) if not blank(text)]
+    first, second = ("" if blank(one["content"]) else one["content"] for one in (before, turn))
+    between = _BETWEEN if first and second else ""
     calls = {"tool_calls": turn["tool_calls"]} if "tool_calls" in turn else {}
-    return before | {"content": _BETWEEN.join(texts)} | calls
+    pictures = _pictures(before, 0) + _pictures(turn, len(first + between))
+    return before | {"content": first + between + second} | calls | ({OWN: pictures} if pictures else {})
+
+
+def _pictures(turn: Turn, begin: int) -> list[Picture]:
+    """The pictures of a turn whose text, if it has one, begins at that character."""
+    return [{**one, "at": begin + (0 if blank(turn["content"]) else one["at"])} for one in turn.get(OWN, ())]

@@ -11,6 +11,7 @@ from gemma_tune.base import shell
 from gemma_tune.data.conversations import layouts
 from gemma_tune.data.conversations.marks import seeming_mark
 from gemma_tune.data.conversations.names import spoken_by, suggested_turns
+from gemma_tune.data.conversations.pictures import COLUMNS, holds, seems_one, unasked
 from gemma_tune.data.conversations.problems import Problem, quoted
 from gemma_tune.data.conversations.rendered import is_rendered
 from gemma_tune.data.conversations.turns import REASONING, role_of
@@ -29,6 +30,7 @@ _PARTS = (("question", "query", "prompt", "问题", "提问", "咨询"),
           ("answer", "reply", "response", "completion", "答案", "回答", "回复", "答复"))
 _CONTEXTS = ("context", "passage", "输入", "背景")
 _THOUGHTS = (*REASONING, "complex_cot", "cot", "chain_of_thought", "rationale", "思考", "思维链")
+_CAPTIONS = ("caption", "description", "label", "text_label", "ocr", "latex", "标题", "描述")  # of pictures
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Beside one of these, `text` is not what there is to learn.
 _LABELS = ("label", "labels", "label_text", "class", "sentiment", "emotion", "intent", "translation", "highlights")
@@ -78,15 +80,18 @@ def unnamed(row: Fields, detected: Callable[[Fields], bool]) -> Problem:
         _QUESTIONS, answers, layouts.SYSTEMS, _CONTEXTS, _THOUGHTS))
     if not question and not answer:
         question, answer = (_column_like(row, parts) for parts in _PARTS)
+    shown = next((key for key in row if key in COLUMNS and holds(row[key]) or seems_one(row[key])), None)
     if question and answer:
         named = f"user={question},assistant={answer}" + (f",system={system}" if system else "") + (
             f",context={context}" if context and context != question else "") + (
-            f",reasoning={thought}" if thought else "")
+            f",reasoning={thought}" if thought else "") + (f",images={shown}" if shown not in (None, *COLUMNS) else "")
         if mark := seeming_mark(row, (question, answer, system, context, thought)):
             return Problem("unknown_format", f"{reason}; `{mark}` may say which answers are good",
                            "to learn that, call the columns `prompt`, `completion` and `label`, with true and false; "
                            f"--columns {shell.quote(named)} learns every answer, whatever its `{mark}`")
         return Problem("unknown_format", reason, f"use --columns {shell.quote(named)}")
+    if shown and question is None:
+        return unasked(shown, answer or _column(row, _CAPTIONS))
     if (turn := _one_turn(row, reason)) is not None:
         return turn
     if where := _nested(row, detected):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from gemma_tune.data.conversations.layouts import HISTORIES, SYSTEMS, is_history
 from gemma_tune.data.conversations.learned import MARKS
+from gemma_tune.data.conversations.pictures import COLUMNS, OWN
 from gemma_tune.data.conversations.preference import columns_read
 from gemma_tune.data.conversations.turns import CALLS, PLAIN, REASONING, ROLES
 
@@ -21,12 +22,13 @@ class Unread(NamedTuple):
 
 _TOOLS = ("tools", "functions")
 _READ: dict[str, frozenset[str]] = {
-    "messages": frozenset(("messages", *SYSTEMS, *_TOOLS)),
-    "sharegpt": frozenset(("conversations", "conversation", "chat", *SYSTEMS, *_TOOLS)),
-    "alpaca": frozenset(("instruction", "input", "context", "passage", "output", "response", *HISTORIES, *SYSTEMS)),
-    "prompt-completion": frozenset(("prompt", "completion", *HISTORIES, *SYSTEMS, *_TOOLS)),
-    "gemini": frozenset(("contents", "systemInstruction", "system_instruction", "tools", *SYSTEMS)),
-    "rendered": frozenset(("text", *SYSTEMS)),
+    "messages": frozenset(("messages", *SYSTEMS, *COLUMNS, *_TOOLS)),
+    "sharegpt": frozenset(("conversations", "conversation", "chat", *SYSTEMS, *COLUMNS, *_TOOLS)),
+    "alpaca": frozenset(("instruction", "input", "context", "passage", "output", "response", *HISTORIES, *SYSTEMS,
+                         *COLUMNS)),
+    "prompt-completion": frozenset(("prompt", "completion", *HISTORIES, *SYSTEMS, *COLUMNS, *_TOOLS)),
+    "gemini": frozenset(("contents", "systemInstruction", "system_instruction", "tools", *SYSTEMS, *COLUMNS)),
+    "rendered": frozenset(("text", *SYSTEMS, *COLUMNS)),
     "text": frozenset(("text",)),
 }
 # A column that is read only where the other one is missing.
@@ -34,6 +36,7 @@ _SECOND = {"response": "output", "functions": "tools", "chat_history": "history"
            "chat": "conversations", "system_instruction": "systemInstruction"}
 _OF_EVERY_TURN = frozenset(("role", "from", "content", "value", "tool_responses", *CALLS, *MARKS))
 _OF_TURNS = {"assistant": _OF_EVERY_TURN | set(REASONING),
+             "user": _OF_EVERY_TURN | {OWN, *COLUMNS},
              "tool": _OF_EVERY_TURN | {"tool_call_id", "name", "tool_name"}}
 _SECOND_OF_TURNS = {"value": "content", "from": "role", "tool_name": "name"}
 
@@ -60,6 +63,7 @@ def of_row(row: Mapping[str, Any], format: str, columns: Mapping[str, str], turn
 def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> Collection[str]:
     named = {*columns.values(), *(name for name in HISTORIES if "user" in columns and is_history(row.get(name)))}
     named |= set(_TOOLS) if "turns" in columns and "tools" not in columns else set()
+    named |= set() if "images" in columns else set(COLUMNS)
     return named if "system" in columns else named | set(SYSTEMS)
 
 

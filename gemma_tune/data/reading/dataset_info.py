@@ -27,8 +27,8 @@ _ELSEWHERE = {"ms_hub_url": "on ModelScope", "om_hub_url": "on Modelers", "scrip
 _PLACES = ("hf_hub_url", "file_name", *_ELSEWHERE)
 _OF_HUB = ("subset", "folder", "revision")
 _KEYS = (*_PLACES, *_OF_HUB, "split", "formatting", "ranking", "num_samples", "columns", "tags")
-_MEDIA = ("images", "videos", "audios")
-_FOR_BOTH = ("system", "tools", "chosen", "rejected", "kto_tag")
+_MEDIA = ("videos", "audios")
+_FOR_BOTH = ("system", "tools", "chosen", "rejected", "kto_tag", "images")
 _COLUMNS = {"alpaca": ("prompt", "query", "response", "history", *_FOR_BOTH), "sharegpt": ("messages", *_FOR_BOTH)}
 _BY_DEFAULT = {"alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
                "sharegpt": {"messages": "conversations"}}
@@ -243,7 +243,7 @@ def _columns(formatting: str, named: Any, problems: list[str]) -> dict[str, str]
     columns = _texts("columns", named, (*{name for names in _COLUMNS.values() for name in names}, *_MEDIA), problems)
     _refuse_same("columns", columns, problems)
     if media := [key for key in _MEDIA if key in columns]:
-        problems.append(f"`columns` names {media[0]} (`{columns[media[0]]}`), and text alone can be learned")
+        problems.append(f"`columns` names {media[0]} (`{columns[media[0]]}`), and text and pictures alone are learned")
     if other := [key for key in columns if key not in (*_COLUMNS[formatting], *_MEDIA)]:
         problems.append(f"`columns` names `{other[0]}`, which is none of the `formatting` {formatting}")
     if formatting == "sharegpt":
@@ -279,7 +279,7 @@ def _texts(what: str, named: Any, known: Any, problems: list[str]) -> dict[str, 
 
 
 def _check_kind(formatting: str, columns: Mapping[str, str], ranking: bool, problems: list[str]) -> None:
-    """Whether pairs and judged answers have what they need."""
+    """Whether pairs, judged answers and pictures have what they need."""
     pair = {"chosen", "rejected"} & columns.keys()
     if ranking and len(pair) < 2:
         problems.append("`ranking` is true, and `columns` does not name both `chosen` and `rejected`")
@@ -287,5 +287,7 @@ def _check_kind(formatting: str, columns: Mapping[str, str], ranking: bool, prob
         problems.append(f"`columns` names `{min(pair)}`, and `ranking` is not true")
     elif pair and "kto_tag" in columns:
         problems.append("`columns` names `kto_tag` beside a pair of answers")
+    elif formatting == "alpaca" and "images" in columns and "response" not in columns and not pair:
+        problems.append("`columns` names `images`, and no `response`, which would be learned of them")
     elif formatting == "alpaca" and "kto_tag" in columns and "response" not in columns:
         problems.append("`columns` names `kto_tag`, and no `response`")

@@ -73,7 +73,7 @@ def test_the_schema_of_a_tool_under_other_names(schema):
     ([user("Rate?"), answer([use("a"), text("Wait.")]), user([result("a", "1")]), answer("1")], "whose part 1 is 'tool_use'"),
     ([*ASKED, user([text("Here:"), result("a", "1")]), answer("1")], "whose part 2 is 'tool_result'"),
     ([*ASKED, user([result("a", "1"), result("b", "2"), text("And?")]), answer("1")], "turn 5 is `user` where `assistant`"),
-    ([*ASKED, user([result("a", [{"type": "image"}]), result("b", "2")]), answer("1")], "whose part 1 is 'image'"),
+    ([*ASKED, user([result("a", [{"type": "image"}]), result("b", "2")]), answer("1")], "whose part 1 is a picture, and the turn is the tool's"),
     ([*ASKED, user([result("a", "1")]), answer("1")], "the tool call 'b' of turn 2 has no result"),
     ([user([result("a", "1")]), answer("1")], "the result of a tool that was not called"),
     ([user("q"), answer([use("a"), {"type": ["text"]}])], "whose part 1 is 'tool_use'"),

@@ -167,6 +167,9 @@ def test_what_a_table_writes_for_nothing_is_no_answer(text):
 @pytest.mark.parametrize(("text", "marker"), [("<image>\nWhat is this?", "<image>"), ("What is this?\n<image>", "<image>"), ("<video>", "<video>"), ("<image>Who is it?", "<image>"), ("<audio> is an element", None), ("<image> tag", None),
                                               ("Use <image> in SVG", None), ("<image>.svg", None), ("`<image>`", None)])
 def test_places_of_pictures_are_found(text, marker):
+    for problem in TextChecks([]).problems(example(text)) if marker else ():
+        fix = "give the row `images`, or leave it out" if marker == "<image>" else "leave the row out, as text and pictures alone are learned"
+        assert problem.fix == f"{fix}; or use --allow foreign_marker if it is meant to be there"
     assert found(text, own=[]) == ([("foreign_marker", f"turn 2 contains {marker}, the place of something that is not text")] if marker else [])
 
 

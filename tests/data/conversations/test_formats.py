@@ -211,17 +211,11 @@ def test_several_texts_that_a_tool_returns_are_its_result():
     assert messages({"messages": [USER, CALL, RESULT | {"content": ["a", "é"]}, ANSWER]})[2]["content"] == '["a", "é"]'
 
 
-@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "refusal", "refusal": "no"},
+@pytest.mark.parametrize("part", [{"type": "audio_url", "audio_url": {"url": "x"}}, {"type": "refusal", "refusal": "no"},
                                   {"type": "text"}, 7, None, []])
 def test_parts_that_are_not_text_are_refused(part):
     [(code, reason)] = problems({"messages": [user([{"type": "text", "text": "look"}, part]), answer("b")]})
     assert code == "not_text" and "the content of turn 1 is a list whose part 2 is" in reason
-
-
-def test_pictures_beside_the_text_are_refused():
-    row = {"conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A cat."}]}
-    assert problems(row | {"images": ["cat.jpg"]}) == [("not_text", "the row has `images`; only text can be learned")]
-    assert messages(row | {"images": []}) == [user("<image>What is this?"), answer("A cat.")]
 
 
 @pytest.mark.parametrize("name, role", [("developer", "system"), ("human", "user"), ("model", "assistant"),
@@ -845,10 +839,10 @@ def test_an_answer_beside_its_turns_is_told_with_a_command_that_works(tmp_path):
     assert problem.fix == "if `talk` holds the turns, use --columns turns=talk"
 
 
-def test_an_image_is_not_asked_to_become_a_text():
-    for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_audio", "input_audio": {}}):
+def test_a_sound_is_not_asked_to_become_a_text():
+    for part in ({"type": "video_url", "video_url": {"url": "x"}}, {"type": "input_audio", "input_audio": {}}):
         [problem] = found({"messages": [{"role": "user", "content": [part]}, answer("b")]})
-        assert "text alone is learned" in problem.fix
+        assert "text and pictures alone are learned" in problem.fix
 
 
 def test_parts_of_tools_and_of_no_known_type_say_what_to_write():
@@ -1138,7 +1132,7 @@ def test_problems_travel_between_processes():
 # --- any row at all
 
 NAMES = ("messages conversations conversation chat system tools functions instruction input output context response history prompt "
-        "completion text chosen rejected preferred_output non_preferred_output label question answer images role from content value "
+        "completion text chosen rejected preferred_output non_preferred_output label question answer images image pictures role from content value "
         "tool_calls function_call function name arguments id tool_call_id weight train reasoning type")
 KEYS = NAMES.split()
 texts = st.one_of(st.sampled_from(["hi", "", " ", "\ud800", "{}", "[]", "[{\"role\": 1}]", "{\"name\": \"f\"}", "USER: a\n\nASSISTANT: b",

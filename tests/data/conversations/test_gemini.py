@@ -52,8 +52,10 @@ def test_function_calls(call, response):
 
 
 @pytest.mark.parametrize("parts, reason", [
-    ([{"inlineData": {"mimeType": "image/png", "data": "…"}}], "a part of `contents` 1 is 'inlineData'"),
-    ([{"text": "Look"}, {"fileData": {"fileUri": "gs://x"}}], "is 'fileData'"), ([7], "is a number"), (None, "are missing, not a list"),
+    ([{"inlineData": {"mimeType": "image/png", "data": "…"}}], "a part of `contents` 1 is text that is not base64: '…'"),
+    ([{"text": "Look"}, {"fileData": {"fileUri": "gs://x"}}], "a part of `contents` 1 is at an address, and nothing is downloaded: 'gs://x'"),
+    ([{"inlineData": {"mimeType": "video/mp4", "data": "AAAA"}}], "a part of `contents` 1 is 'video/mp4', and beside text"),
+    ([{"executableCode": {"code": "1"}}], "is 'executableCode'"), ([7], "is a number"), (None, "are missing, not a list"),
     ([{"functionResponse": {"response": {}}}], "has no name")])
 def test_what_is_no_text_is_refused_by_name(parts, reason):
     with pytest.raises(RowError) as caught:

@@ -189,7 +189,7 @@ def test_the_scores_of_vertex():
     unclear = [one | {"score": None} for one in row["completions"]]
     assert "`score` is [None, None], which names neither" in problem(row | {"completions": unclear}).reason
     picture = [{"score": n, "completion": {"role": "model", "parts": [{"inlineData": {}}]}} for n in range(2)]
-    assert "only text and function calls can be learned" in problem(row | {"completions": picture}).reason
+    assert "names no file and holds none" in problem(row | {"completions": picture}).reason
     unclear[0]["score"], unclear[1]["score"] = float("nan"), 1.0
     assert "which names neither" in problem(row | {"completions": unclear}).reason
 
