@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +32,7 @@ class ArrowBlock(Block):
                 try:
                     if value[name] is not None:
                         value[name] = convert(value[name])
-                except _NotText as e:  # a picture, say; it only matters if the column is one to learn from
+                except _NotText as e:  # a sound, say; it only matters if the column is one to learn from
                     value[name] = {"not text": f"{e}"}
             yield Row(self.file, number, value, error)
 
@@ -139,7 +141,14 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None  # how data frames mark what is missing
 
 
-def _text(value: bytes) -> str:
+# How files of pictures begin: PNG, JPEG, GIF, WebP, BMP, TIFF.
+_PICTURE = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a.{0,6}\0|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", re.DOTALL)
+
+
+def _text(value: bytes) -> str | dict[str, str]:
+    """Text, or a picture, as in `datasets`' Image feature: ``{"bytes": …, "path": …}``."""
+    if _PICTURE.match(value):
+        return {"base64": b64encode(value).decode()}
     try:
         return value.decode()
     except UnicodeDecodeError:
