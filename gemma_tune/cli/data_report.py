@@ -19,8 +19,8 @@ _BOOKKEEPING = frozenset(("id", "ids", "idx", "index", "uuid", "uid", "guid", "s
                           "dataset_name", "split", "url", "license", "created_at", "updated_at", "timestamp", "date",
                           "conversation_id", "message_id", "row_id", "sample_id", "_id", "__index_level_0__",
                           "unnamed: 0"))
-_FIGURES = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "sequences",
-            "tokens", "trained_tokens")
+_FIGURES = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows",
+            "picture_rows", "pictures", "picture_bytes", "sequences", "tokens", "picture_tokens", "trained_tokens")
 
 _KINDS = {PAIRS: "each row is a pair: a chosen and a rejected answer to the same prompt, a sequence for each",
           JUDGED: "each row is an answer that is marked as good or bad"}

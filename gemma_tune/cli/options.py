@@ -118,6 +118,7 @@ Encoding = Annotated[Optional[str], _of(c.PrepareConfig, "encoding", metavar="NA
 Roles = Annotated[Optional[list[str]], _of(c.PrepareConfig, "roles", callback=_joined)]
 TurnKeys = Annotated[Optional[list[str]], _of(c.PrepareConfig, "turn_keys", callback=_joined)]
 Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
+Pictures = Annotated[Optional[str], _of(c.PrepareConfig, "pictures", metavar="DIR")]
 TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
 ChatTemplate = Annotated[Optional[str], _of(c.PrepareConfig, "chat_template")]
 Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]

@@ -113,9 +113,11 @@ class Request:
 
 def _require_data(config: Any) -> None:
     """See :func:`gemma_tune.data.reading.sources.require_files`."""
+    from gemma_tune.data.conversations.picture_files import require_folder
     from gemma_tune.data.reading.names import how_of
     from gemma_tune.data.reading.sources import require_files
 
+    require_folder(config.pictures)
     require_files(config.data, [config.valid] if isinstance(config.valid, str) else (),
                   how_of(config))
 

@@ -33,6 +33,8 @@ def _prepared(s: Mapping[str, Any]) -> Iterator[str]:
     left = [f"{s[key]:,} {what}" for key, what in (("rejected_rows", "rejected"), ("duplicate_rows", "duplicates"))
             if s.get(key)]
     yield ", ".join(left)
+    if s.get("picture_rows"):
+        yield f"{counted(s['picture_rows'], 'row')} with {counted(s.get('pictures') or 0, 'picture')}"
     if s.get("trained_tokens") is not None:
         yield f"{s['trained_tokens']:,} tokens that are learned"
 

@@ -68,6 +68,8 @@ LABELS = {
     "duplicate_rows": "duplicates, left out", "near_duplicate_rows": "of them near-duplicates",
     "sequences": "sequences",
     "rows": "rows", "train_rows": "for training", "valid_rows": "for validation", "rejected_rows": "rejected",
+    "picture_rows": "rows with pictures", "pictures": "pictures that differ", "picture_bytes": "their size",
+    "picture_tokens": "tokens of pictures",
     "turns": "turns", "tokens": "tokens", "trained_tokens": "tokens that are learned", "shortest": "shortest (tokens)",
     "longest": "longest (tokens)", "p50": "half are at most (tokens)", "p90": "90 % are at most (tokens)",
     "p99": "99 % are at most (tokens)", "max_length": "limit (tokens)", "steps": "steps",

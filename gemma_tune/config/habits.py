@@ -62,6 +62,7 @@ _ELSEWHERE = {
     "gemma-tune prepare DATA, the files themselves, with --columns": "custom_dataset_info",
     "gemma-tune prepare --valid": "val_size val_set_size eval_dataset test_datasets validation_split "
                                   "split_dataset_ratio val_dataset",
+    "gemma-tune prepare --pictures": "media_dir image_folder image_dir root_image_dir",
     "gemma-tune prepare --thinking on, or off": "enable_thinking",
     "gemma-tune prepare --on-long": "truncation_strategy truncation_mode excess_length_strategy",
     "gemma-tune prepare --columns": "dataset_text_field prompt_feature completion_feature chat_feature field_messages",

@@ -93,6 +93,8 @@ class PrepareConfig(StageConfig):
                                     "other rows out, `auto` learns from both answers.",
                               choices=("auto", "chosen", "pairs"),
                               auto="both answers of each, where all rows have them", group="advanced")
+    pictures: str | None = option(None, "Folder in which the relative paths of pictures begin that rows name.",
+                                  auto="that of each data file")
     train_on: str = option("all", "Which assistant turns are learned; a turn with `\"train\": false` never is.",
                            choices=("all", "last"))
     chat_template: str | None = option(None, "Chat template to train with in place of the model's own, as for a base "

@@ -20,9 +20,11 @@ from gemma_tune.encoding.tokens import TokenWriter
 from gemma_tune.prepare.drawing import Drawing
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Rejected
+from gemma_tune.prepare.pictures import UsedPictures
 from gemma_tune.prepare.selection import Columns, Selection
 from gemma_tune.prepare.spool import Batch, Spool
 from gemma_tune.prepare.statistics import KEPT, Measured, Statistics
+from gemma_tune.run.directory import PICTURES
 from gemma_tune.run.manifest import JUDGED
 
 SIDES = ("train", "valid")
@@ -60,11 +62,12 @@ class Decided:
 class _Outputs:
     """The open files of rows and of tokens, by side."""
 
-    def __init__(self, folder: Path, opened: ExitStack):
+    def __init__(self, folder: Path, opened: ExitStack, pictures: UsedPictures):
         (folder / "tokens").mkdir()
         self.lines = {side: opened.enter_context((folder / f"{side}.jsonl").open("wb")) for side in SIDES}
         self.tokens = {side: opened.enter_context(TokenWriter(folder / "tokens" / f"{side}.arrow")) for side in SIDES}
         self.duplicates = opened.enter_context((folder / "duplicates.jsonl").open("wb"))
+        self.pictures = pictures
         self.of_texts = 0  # learned tokens of plain texts
 
     def total(self, name: str) -> int:
@@ -78,10 +81,11 @@ class DataFiles:
     Args:
         folder: the directory.
         names: of the files that rows come from, by number.
+        soft: see :class:`UsedPictures`.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str]):
-        self._folder, self._names, self._open = folder, names, ExitStack()
+    def __init__(self, folder: Path, names: Sequence[str], soft: int | None):
+        self._folder, self._names, self._soft, self._open = folder, names, soft, ExitStack()
         self._rejected = self._open.enter_context((folder / "rejected.jsonl").open("wb"))
 
     def __enter__(self) -> DataFiles:
@@ -117,8 +121,9 @@ class DataFiles:
             The content of data/report.json.
         """
         statistics, kept, lost = Statistics(), Statistics(), 0
+        pictures = UsedPictures(self._folder / PICTURES, self._soft)
         with ExitStack() as opened:
-            outputs = _Outputs(self._folder, opened)
+            outputs = _Outputs(self._folder, opened, pictures)
             for batch in decided.spool.read():
                 self._write_batch(batch, decided, outputs)
                 used = decided.selection.kept[batch.first:batch.first + batch.size]
@@ -130,7 +135,7 @@ class DataFiles:
         for_training = selection.kept & ~selection.valid
         write_origins(self._folder, columns.source[for_training], columns.line[for_training])
         report = self._report(decided, statistics, outputs, config) | {
-            "left_out_answers": lost, "turns": kept.turns, "length": kept.length}
+            "left_out_answers": lost, "turns": kept.turns, "length": kept.length, **pictures.settled()}
         write_json(self._folder / "report.json", report)
         return report
 
@@ -143,6 +148,7 @@ class DataFiles:
                 side = SIDES[int(selection.valid[at])]
                 outputs.lines[side].write(texts[n])
                 outputs.tokens[side].add(sequences[n], answers[n])
+                outputs.pictures.add(side, texts[n], sequences[n])
                 if columns.text[at]:
                     outputs.of_texts += sum(int(spans[1::2].sum() - spans[::2].sum()) for _, spans, _ in sequences[n])
             elif selection.same_as[at] >= 0:

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from gemma_tune.base.errors import WorkFailed
@@ -32,7 +32,8 @@ from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
 from gemma_tune.encoding.sequences import MARK, Encoder, Outcome, PreparedRow, first_learned, marks_of
-from gemma_tune.prepare.near import signature
+from gemma_tune.prepare.near import signature, unlike
+from gemma_tune.prepare.pictures import NoticedPictures, Pictures
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
 from gemma_tune.prepare.unread import UnreadCounts
@@ -97,6 +98,7 @@ class Noticed:
         unread: columns and keys of the rows that nobody reads.
         usual: rows by the columns that are taken for question and answer by their names.
         kinds: rows by what is learned from them, see :func:`kind_of`, and where the first of each stands.
+        pictures: those that rows name or hold.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
@@ -116,6 +118,7 @@ class Noticed:
     usual: Counter[tuple[str, ...]] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     first_of_kind: dict[str, str] = field(default_factory=dict)
+    pictures: NoticedPictures = field(default_factory=NoticedPictures)
 
     def add(self, later: Noticed) -> None:
         """Put together with what was noticed about later rows."""
@@ -136,6 +139,7 @@ class Noticed:
         self.usual.update(later.usual)
         self.kinds.update(later.kinds)
         self.first_of_kind = later.first_of_kind | self.first_of_kind
+        self.pictures.add(later.pictures)
 
 
 @dataclass
@@ -159,10 +163,12 @@ class Judge:
     Args:
         chat: tokenizer and template.
         config: settings of ``prepare``.
+        pictures: takes those of the rows; None where nothing can be learned from any.
+        blind: why that is so, as the end of a sentence.
     """
 
-    def __init__(self, chat: Any, config: PrepareConfig):
-        self.config, self.chat = config, chat
+    def __init__(self, chat: Any, config: PrepareConfig, pictures: Pictures | None = None, blind: str = ""):
+        self.config, self.chat, self.pictures, self.blind = config, chat, pictures, blind
         self.formats = Formats(config.format, config.column_names, config.take, config.role_names,
                                config.key_names, config.on_uneven == "mend")
         self.checks = TextChecks(chat.markers, config.allow)
@@ -204,6 +210,11 @@ class Judge:
             raise RowError(problems)
         if example.messages is None:
             return example.as_row()
+        if any("pictures" in turn for turn in example.messages):
+            if self.pictures is None:
+                raise RowError([Problem("pictures", f"the row has a picture, and {self.blind}",
+                                        "use a model that sees, such as google/gemma-3-4b-it, or leave the row out")])
+            example = replace(example, messages=self.pictures.taken(row, example.messages, judged.noticed.pictures))
         judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
         judged.noticed.reasoning += any(
             "reasoning_content" in turn for turn in self.chat.with_thoughts_apart(example.messages))
@@ -256,7 +267,7 @@ class Judge:
         sides = [name for name in ("messages", "rejected") if name in example]
         if not any(_is_padded(turn) for name in sides for turn in example[name]):
             return example
-        written = {name: [self.chat.written(turn) for turn in example[name]] for name in sides}
+        written = {name: [_with_pictures(self.chat.written(turn), turn) for turn in example[name]] for name in sides}
         judged.noticed.padded += any(_is_padded(turn) for turns in written.values() for turn in turns)
         if any(written[name] != example[name] for name in sides):
             judged.noticed.trimmed += 1
@@ -286,15 +297,16 @@ class Judge:
     def _prompt(self, example: PreparedRow) -> int:
         """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split.
 
-        White space around texts does not count: questions that differ in nothing else are the same one. Of answers that
-        are compared or judged the answer begins at the first turn that is learned, and may hold results of tools.
+        White space around texts does not count: questions that differ in nothing else are the same one; those about
+        other pictures are not. Of answers that are compared or judged the answer begins at the first turn that is
+        learned, and may hold results of tools.
         """
         turns = example.get("messages", [])
         if marks_of(example) != [0]:
             turns = turns[:first_learned(turns)]
         prompt = example.get("text") or [
-            {key: value.strip() if key == "content" else value for key, value in m.items() if key != "tool_call_id"}
-            for m in turns if m["role"] != "assistant"]
+            {key: value for key, value in _with_pictures({**m, "content": m["content"].strip()}, m).items()
+             if key != "tool_call_id"} for m in turns if m["role"] != "assistant"]
         tools = [example["tools"]] if "tools" in example else []
         content = _as_key([self.config.seed, prompt, *tools]).encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
@@ -316,7 +328,19 @@ def _beside(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _signature(example: PreparedRow, texts: Sequence[str]) -> bytes:
     """What a row's likeness to others is told by. An answer that is bad is like no good one, whatever it says."""
     found = signature(texts)
+    if names := [ref["file"] for turn in example.get("messages", ()) for ref in turn.get("pictures", ())]:
+        found = unlike(found, names)
     return (~found if example.get(MARK) is False else found).tobytes()
+
+
+def _with_pictures(written: dict[str, Any], turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn that lost white space around its text, with its pictures where they were in it."""
+    text = written["content"]
+    if "pictures" not in turn or text == turn["content"]:
+        return written
+    lost = len(turn["content"]) - len(turn["content"].lstrip()) - (len(text) - len(text.lstrip()))
+    return {**written, "pictures": [{**ref, "at": min(max(0, ref["at"] - lost), len(text))}
+                                    for ref in turn["pictures"]]}
 
 
 def _is_padded(turn: dict[str, Any]) -> bool:

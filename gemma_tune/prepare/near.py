@@ -71,6 +71,12 @@ def signature(texts: Sequence[str]) -> np.ndarray:
     return (minima.digest() * np.uint32(0x9E3779B1) >> np.uint32(24)).astype(np.uint8)
 
 
+def unlike(signature: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """The signature of a conversation about some pictures: like that of no other pictures, whatever is said."""
+    key = hashlib.shake_128("\0".join(names).encode()).digest(SIZE)
+    return signature ^ np.frombuffer(key, np.uint8)
+
+
 def _shingles(text: str) -> list[int]:
     """Hashes of a text's word triples, 32 bits each."""
     text = text.lower()

@@ -156,7 +156,8 @@ def passes(session: Session, sources: Sequence[Source], held_out: Sequence[Sourc
     """Lend the passes over these rows into a new directory of data; what lies between the two is deleted after it."""
     ordered, config = [*held_out, *sources], session.config
     drawing = draw(sources, config.most_rows, config.seed, _BLOCK, session.listener)
-    with DataFiles(folder, [source.name for source in ordered]) as files:
+    eye = judge.chat.eye
+    with DataFiles(folder, [source.name for source in ordered], eye and eye.soft_id) as files:
         spool = Spool(folder / "spool")
         try:
             yield Passes(session, ordered, len(held_out), judge, files, spool, drawing)

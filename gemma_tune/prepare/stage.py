@@ -20,17 +20,19 @@ import numpy as np
 
 from gemma_tune import samples
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import new_directory
+from gemma_tune.base.files import fresh_path, new_directory
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import last_name
 from gemma_tune.config.most_rows import as_text
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.data.conversations.picture_files import place_of, require_folder
 from gemma_tune.data.reading.dataset_info import file_of
 from gemma_tune.data.reading.names import TEXT_FORMAT, how_of
 from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.chat_format import ChatFormat, NoTemplate
+from gemma_tune.encoding.eye import blindness
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.templates import COMPLETION, NAMED, OWN, named_template
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer, read_template
@@ -41,8 +43,9 @@ from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixtee
 from gemma_tune.prepare.drawing import limits_of, meant
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
+from gemma_tune.prepare.pictures import Pictures
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
-from gemma_tune.run.directory import command, describe
+from gemma_tune.run.directory import PICTURES, command, describe
 from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
 from gemma_tune.run.manifest import JUDGED, PAIRS, read_manifest
@@ -76,6 +79,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: Callable[[Session, 
             _preview(session, preview, kept.summary.get("kind"))
         return kept
     session = _with_template(_as_before(session))
+    require_folder(session.config.pictures)
     sources, held_out = _sources(session)
     limits_of(sources, session.config.most_rows)
     anew = session.force
@@ -164,6 +168,8 @@ def _as_before(session: Session) -> Session:
         changes["valid"] = session.run.found(changes["valid"])
     if template := changes.get("chat_template"):
         changes["chat_template"] = _found(session, template)
+    if pictures := changes.get("pictures"):
+        changes["pictures"] = session.run.found(pictures)
     if changes["data"]:
         session.listener.note(f"data: {', '.join(changes['data'])}, as before; name files to use others")
     if others := {name: value for name, value in changes.items() if name != "data"}:
@@ -198,7 +204,7 @@ def _without_its_files(session: Session) -> StageReport | None:
     if record is None or session.given or session.force:
         return None
     before = session.settings_of("prepare")
-    named = (*before["data"], before["valid"], before.get("chat_template"))
+    named = (*before["data"], before["valid"], before.get("chat_template"), before.get("pictures"))
     places = [session.run.found(name) for name in named if isinstance(name, str) and not name.startswith("hf:")
               and name not in NAMED]
     gone = [place for place in map(file_of, places) if not os.path.exists(place)]
@@ -247,7 +253,8 @@ def _relative(session: Session, sources: Sequence[Source], held_out: Sequence[So
     template = config.chat_template
     if template and template not in NAMED:
         template = session.run.relative(named_template(template))
-    return replace(config, data=data, valid=valid, max_samples=most, chat_template=template)
+    pictures = session.run.relative(Path(os.path.expanduser(config.pictures))) if config.pictures else None
+    return replace(config, data=data, valid=valid, max_samples=most, chat_template=template, pictures=pictures)
 
 
 def _end_of(name: str, names: Collection[str]) -> str:
@@ -276,7 +283,8 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                                 "is continued as it stands, also in `chat` and in Ollama")
     _tell_of_model(session, chat, saved_as)
     foretell(session, chat)
-    judge = Judge(chat, config)
+    blind = blindness(session.model.path, chat.tokenizer).replace("the model", session.model.id)
+    judge = Judge(chat, config, _pictures(session, chat, [*sources, *held_out]), blind)
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()
         explain(judge, work.findings.noticed, config, listener)
@@ -293,11 +301,22 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
-               "data_report": run.data_report, **({"chat_template": run.chat_template} if template else {})}
+               "data_report": run.data_report, **({"chat_template": run.chat_template} if template else {}),
+               **({"pictures": run.pictures} if "pictures" in report else {})}
     return Finished(outputs, _summary(report) | {"tool_rows": tools, "text_rows": report["formats"].get("text", 0),
                                                  SEQUENCES: sequences,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
+
+
+def _pictures(session: Session, chat: ChatFormat, sources: Sequence[Source]) -> Pictures | None:
+    """What takes the rows' pictures into the new directory of data, where the model sees."""
+    if chat.eye is None:
+        return None
+    named = session.config.pictures
+    named = session.run.found(named) if named else None  # it is relative to the run by now
+    chat.eye.folder = fresh_path(session.run.data) / PICTURES
+    return Pictures(chat.eye.folder, {source.name: place_of(source, named, session.run.inputs) for source in sources})
 
 
 def _refuse_other_than_learned(session: Session, made: Finished) -> None:
@@ -378,7 +397,9 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
     """The figures of the report that the manifest keeps."""
     names = ("rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "rejected_by_reason", "sequences",
              "kind", "tokens", "trained_tokens")
+    seen = ("picture_rows", "pictures", "picture_bytes", "picture_tokens")
     before = report["before_the_limit"]
     drawn = [{**part, "data": last_name(part["data"])} for part in report["drawn"]]  # no paths but relative ones
-    return {**{name: report[name] for name in names}, "drawn": drawn, **_lengths(report),
+    return {**{name: report[name] for name in names}, **{name: report[name] for name in seen if name in report},
+            "drawn": drawn, **_lengths(report),
             "before_the_limit": _lengths(before), "max_length": before["long"]["max_length"]}

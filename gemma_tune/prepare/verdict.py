@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
@@ -20,6 +22,7 @@ from gemma_tune.prepare.ends import MOST, SHORTEST, are_few
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Noticed
+from gemma_tune.prepare.pictures import NoticedPictures, likely_folder
 from gemma_tune.prepare.selection import Selection
 from gemma_tune.prepare.split import FEWEST
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
@@ -57,6 +60,9 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     if noticed.padded:
         listener.note(f"in {counted(noticed.padded, 'row')} a text begins or ends with white space, which the chat "
                       "template keeps and the model reads or learns")
+    if seen := noticed.pictures.moving:
+        listener.note(f"{counted(seen, 'row has', 'rows have')} a picture of several frames or pages, of which the "
+                      f"model is shown the first; the first such row is {noticed.pictures.first_moving}")
     if noticed.kinds[PAIRS] and config.on_long == "split":
         listener.note("a pair cannot be divided: one that is too long is left out, as with --on-long drop")
     if "strftime_now" in template:
@@ -114,6 +120,8 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
     problems = [*filter(None, [long_rows() if long and config.on_long == "drop" else None])]
     fixes = {item.problems[0].fix for item in findings.examples}
     fix = fixes.pop() if len(fixes) == 1 else "correct the rows named above"
+    if elsewhere := _elsewhere(findings.noticed.pictures):
+        problems, fix = [*problems, elsewhere[0]], elsewhere[1]
     if bad == total:
         raise UserError("the only row cannot be used" if total == 1 else f"none of the {total:,} rows can be used",
                         fix, [*problems, *_listed(findings, refused)])
@@ -124,7 +132,7 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
             divisible = findings.kind != PAIRS and config.on_long != "split"
             other = f"use a larger --max-length{' or --on-long split' if divisible else ''}"
         hint = f"{other}, or go on without them: --max-rejected {needed:g}"
-        if findings.noticed.usual and fix.startswith("use --columns "):  # the others of that table have these as well
+        if elsewhere or findings.noticed.usual and fix.startswith("use --columns "):  # which all of that table have
             hint = fix
         raise UserError(f"{bad:,} of {counted(total, 'row')} cannot be used, more than the {allowed} allowed", hint,
                         [*problems, *_listed(findings, refused)])
@@ -153,6 +161,18 @@ def _listed(findings: Findings, refused: Path) -> list[str]:
 
 def _and_more(places: list[str]) -> str:
     return f" and {counted(len(places) - 1, 'more row')}" if places[1:] else ""
+
+
+def _elsewhere(pictures: NoticedPictures) -> tuple[str, str] | None:
+    """What to say, and to do, where no file is there that the rows name as a picture: their folder is another one."""
+    path, place = pictures.first_missing or ("", None)
+    if pictures.found or place is None or os.path.isabs(path):
+        return None
+    likely = likely_folder(path, place)
+    named = "the only picture that a row names is not" if pictures.missing == 1 else (
+        f"none of the {pictures.missing:,} pictures that rows name is")
+    return (f"{named} below {place}",
+            f"name the folder in which their paths begin: --pictures {shell.quote(str(likely)) if likely else 'DIR'}")
 
 
 _KINDS = {CONVERSATIONS: ("row to answer like", "rows to answer like"), PAIRS: ("pair of answers", "pairs of answers"),
@@ -226,6 +246,11 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
         listener.warn(f"rejected {item}")
     if (more := findings.rejected - SHOWN) > 0:
         listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
+    if elsewhere := _elsewhere(findings.noticed.pictures):
+        listener.warn("; ".join(elsewhere))
+    if both := report.get("pictures_on_both_sides"):
+        listener.note(f"{counted(both, 'picture is', 'pictures are')} in training and validation rows, with other "
+                      "questions: the validation loss says less about pictures that the model has not seen")
     if asked_twice:
         listener.warn(f"{counted(asked_twice, 'training row asks', 'training rows ask')} what validation rows ask; the "
                       "validation loss will look better than it is")

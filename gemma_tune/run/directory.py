@@ -16,6 +16,7 @@ from gemma_tune.base.words import model_name, nearest
 
 RUNS = Path("runs")
 NEXT_MANIFEST = ".next-manifest.json"
+PICTURES = "pictures"  # the directory in data/, and the beginning of their names in its rows
 _FINISHED = "finished-"  # before a training's id, see RunDir.finished
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
@@ -79,6 +80,12 @@ class RunDir:
     def tokens(self) -> Path:
         """Directory of the token sequences, see ``encoding.tokens``."""
         return self.data / "tokens"
+
+    @property
+    def pictures(self) -> Path:
+        """The pictures that the rows name, each as ``<sha256 of its bytes>.<ending>``; only there where they name
+        some."""
+        return self.data / PICTURES
 
     @property
     def inputs(self) -> Path:

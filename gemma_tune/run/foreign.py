@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from gemma_tune.run.directory import RunDir
 
 # What `prepare` puts into data/.
 PREPARED = ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json", "tokens", "origins.npy",
-            "chat_template.jinja")
+            "chat_template.jinja", "pictures")
+_PICTURE = re.compile(r"[0-9a-f]{64}\.[a-z]+")  # names in data/pictures
 _OF_SYSTEMS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini")
 _SHOWN = 5
 _ELSEWHERE = "move {} elsewhere, or work in another directory: --run DIR"
@@ -38,7 +40,9 @@ def refuse_foreign_in_data(run: RunDir) -> None:
     Raises:
         UserError: there are some; all of them.
     """
-    if foreign := [name for name in _visible(run.data) if name not in PREPARED]:
+    foreign = [name for name in _visible(run.data) if name not in PREPARED]
+    foreign += [f"{run.pictures.name}/{name}" for name in _visible(run.pictures) if not _PICTURE.fullmatch(name)]
+    if foreign:
         raise UserError(f"{run.data} holds what `prepare` has not made and would remove: {_list(foreign)}",
                         _ELSEWHERE.format("it" if len(foreign) == 1 else "them"))
 

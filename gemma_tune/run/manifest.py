@@ -45,10 +45,12 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before
             "steps_before", "counted_after", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
             "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form", "batch_size", "effective_batch",
             "micro_batch", "trainable_parameters", "check_answer_tokens", "check_max_logprob_difference", "gguf_bytes",
-            "check_largest_error", "largest_error", "kl", "general_kl", "agreement", "general_agreement")
+            "check_largest_error", "largest_error", "kl", "general_kl", "agreement", "general_agreement",
+            "picture_rows", "pictures", "picture_bytes", "picture_tokens")
 # Of all figures those that are never null where they are named.
 _KNOWN = ("steps", "steps_before", "counted_after", "rows", "train_rows", "valid_rows", "trained_tokens", "bytes",
-          "perplexity", "f16_perplexity", "general_perplexity", "f16_general_perplexity", "ollama_name")
+          "perplexity", "f16_perplexity", "general_perplexity", "f16_general_perplexity", "ollama_name", "picture_rows",
+          "pictures")
 _TEXTS = ("training_id", "method", "device", "dtype", "quant", "ollama_name", "file", "merged", "loses",
           "recommended", "sha256", "stamp", "train_sequences_sha256", "told_sha256", "text_alone")
 _LISTS = ("earlier_trainings",)

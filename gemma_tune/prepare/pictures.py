@@ -1,0 +1,216 @@
+"""The pictures of the rows: looked at and kept in data/pictures, each once, under the sha256 of its bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemma_tune.base.files import NEW, unfinished
+from gemma_tune.data.conversations.picture_files import (
+    MISSING,
+    Place,
+    Unusable,
+    decoded,
+    examined,
+    located,
+    read,
+)
+from gemma_tune.data.conversations.problems import Problem, RowError, quoted
+from gemma_tune.data.reading.rows import Row
+
+Turn = dict[str, Any]
+_REMEMBERED = 100_000  # files of which a process knows what they are
+_MARK = b'"pictures": ['  # in each line of a row that has some; in a text, quotes are written otherwise
+_SHOWN = 200  # characters of a path
+_ABOVE = 3  # folders above the data in which pictures are looked for, to be named
+
+
+class _Kept(NamedTuple):
+    name: str  # in data/pictures
+    several: bool  # whether it has frames or pages behind the first
+
+
+@dataclass
+class NoticedPictures:
+    """What is said about pictures beside what is wrong with some.
+
+    Args:
+        found, missing: how many of those that rows name are there, and are not.
+        first_missing: the path of the first that is not, and where it was looked for.
+        moving: rows with an animated picture, or one of several pages; ``first_moving`` is where the first of them is.
+    """
+
+    found: int = 0
+    missing: int = 0
+    first_missing: tuple[str, Place] | None = None
+    moving: int = 0
+    first_moving: str = ""
+
+    def add(self, later: NoticedPictures) -> None:
+        """Put together with what was noticed about later rows."""
+        self.found += later.found
+        self.missing += later.missing
+        self.first_missing = self.first_missing or later.first_missing
+        self.moving += later.moving
+        self.first_moving = self.first_moving or later.first_moving
+
+
+class Pictures:
+    """Takes the pictures of rows over into a directory; several processes may do it at once.
+
+    Args:
+        folder: the directory, which is made when there is a picture.
+        places: where the pictures of each source's rows lie, by its name.
+    """
+
+    def __init__(self, folder: Path, places: Mapping[str, Place]):
+        self.folder, self._places = folder, places
+        self._known: dict[Hashable, _Kept | Unusable] = {}
+
+    def taken(self, row: Row, messages: Sequence[Turn], noticed: NoticedPictures) -> list[Turn]:
+        """The turns with the files of their pictures in place of what the row says of them.
+
+        Raises:
+            RowError: some cannot be used.
+            OSError: one cannot be written.
+        """
+        problems: list[Problem] = []
+        moving, turns = False, []
+        for number, turn in enumerate(messages, start=1):
+            if "pictures" in turn:
+                refs = []
+                for ref in turn["pictures"]:
+                    try:
+                        kept = self._taken(ref, self._places[row.file], noticed)
+                    except Unusable as e:
+                        problems.append(e.problem(_called(ref, number)))
+                        continue
+                    refs.append({"at": ref["at"], "file": f"{self.folder.name}/{kept.name}"})
+                    moving = moving or kept.several
+                turn = {**turn, "pictures": refs}
+            turns.append(turn)
+        if problems:
+            raise RowError(problems)
+        if moving:
+            noticed.moving += 1
+            noticed.first_moving = noticed.first_moving or f"{row.file}:{row.line}"
+        return turns
+
+    def _taken(self, ref: Mapping[str, Any], place: Place, noticed: NoticedPictures) -> _Kept:
+        if "base64" in ref:
+            return self._kept(decoded(ref["base64"]))
+        try:
+            file, found = located(ref["path"], place)
+        except Unusable as e:
+            if e.code == MISSING:
+                noticed.missing += 1
+                noticed.first_missing = noticed.first_missing or (ref["path"], place)
+            raise
+        noticed.found += 1
+        return self._remembered((os.path.realpath(file), found.st_size, found.st_mtime_ns),
+                                lambda: self._kept(read(file)))
+
+    def _kept(self, content: bytes) -> _Kept:
+        digest = hashlib.sha256(content).hexdigest()
+        return self._remembered(digest, lambda: self._written(digest, content))
+
+    def _written(self, digest: str, content: bytes) -> _Kept:
+        ending, several = examined(content)
+        path = self.folder / f"{digest}{ending}"
+        if not path.exists():
+            self.folder.mkdir(exist_ok=True)
+            with unfinished(path.with_name(f"{NEW}{os.getpid()}-{path.name}")) as fresh:
+                fresh.write_bytes(content)
+                os.replace(fresh, path)
+        return _Kept(path.name, several)
+
+    def _remembered(self, key: Hashable, find: Callable[[], _Kept]) -> _Kept:
+        """What was found before under a key, be it that the picture cannot be used."""
+        if key not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            try:
+                self._known[key] = find()
+            except Unusable as e:
+                self._known[key] = e
+        if isinstance(found := self._known[key], Unusable):
+            raise found.with_traceback(None)  # or it would grow each time
+        return found
+
+
+def _called(ref: Mapping[str, Any], number: int) -> str:
+    """What a picture is called in messages: by its path, as the row has it."""
+    path = f" {quoted(ref['path'], _SHOWN)}" if "path" in ref else ""
+    return f"the picture{path} of turn {number}"
+
+
+def likely_folder(path: str, place: Place) -> Path | None:
+    """Where a relative path leads to a file that leads nowhere from the folder of the data: above it, or here."""
+    if os.path.isabs(path) or not place.own:
+        return None
+    tried = [Path(), *(folder / os.path.join(*[os.pardir] * up) for folder in place.folders
+                       for up in range(1, _ABOVE + 1))]
+    return next((Path(os.path.normpath(folder)) for folder in tried if _is_file(folder / path)), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+class UsedPictures:
+    """The pictures that the rows name which are used.
+
+    Args:
+        folder: where they lie, with those of other rows.
+        soft: id of the token that stands for a part of a picture; None where no row has any.
+    """
+
+    def __init__(self, folder: Path, soft: int | None):
+        self._folder, self._soft = folder, soft
+        self._names: dict[str, set[str]] = {}
+        self._rows = self._tokens = 0
+
+    def add(self, side: str, line: bytes, sequences: Sequence[tuple[np.ndarray, Any, Any]]) -> None:
+        """One row, as it is written, and its sequences, which begin with their ids."""
+        if _MARK not in line:
+            return
+        names = {ref["file"].rpartition("/")[2] for turn in json.loads(line)["messages"]
+                 for ref in turn.get("pictures", ())}
+        self._names.setdefault(side, set()).update(names)
+        self._rows += 1
+        self._tokens += sum(int((ids == self._soft).sum()) for ids, *_ in sequences)
+
+    def settled(self) -> dict[str, Any]:
+        """Remove all others.
+
+        Returns:
+            Figures for data/report.json, none where no row has a picture: ``picture_rows``, which have some,
+            ``pictures`` that differ, ``picture_bytes``, ``picture_tokens`` of all rows, and
+            ``pictures_on_both_sides`` of the split.
+        """
+        used = set().union(*self._names.values())
+        size = 0
+        if self._folder.is_dir():
+            for entry in os.scandir(self._folder):
+                if entry.name in used:
+                    size += entry.stat().st_size
+                else:
+                    os.unlink(entry)
+        if not used:
+            with contextlib.suppress(FileNotFoundError):
+                self._folder.rmdir()
+            return {}
+        both = set.intersection(*self._names.values()) if len(self._names) > 1 else set()
+        return {"picture_rows": self._rows, "pictures": len(used), "picture_bytes": size,
+                "picture_tokens": self._tokens, "pictures_on_both_sides": len(both)}
