@@ -433,14 +433,14 @@ def _next(waiting: deque[tuple[T, Block, Any]]) -> tuple[T, Block, Judged]:
 
 
 def _context() -> Any:
-    return multiprocessing.get_context("fork" if _may_fork() else "spawn")
+    return multiprocessing.get_context("fork" if may_fork() else "spawn")
 
 
 def _arguments(judge: Judge) -> tuple[Any, ...]:
-    return (None,) if _may_fork() else (judge,)
+    return (None,) if may_fork() else (judge,)
 
 
-def _may_fork() -> bool:
+def may_fork() -> bool:
     """Whether children can share the loaded tokenizer instead of loading it again.
 
     Forking copies no threads, but what they had locked: a process that has met others for a training has some. On macOS

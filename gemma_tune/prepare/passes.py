@@ -22,7 +22,7 @@ from gemma_tune.prepare.drawing import Drawing, draw
 from gemma_tune.prepare.ends import divided
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
-from gemma_tune.prepare.judge import Judge, Judged, judged_blocks
+from gemma_tune.prepare.judge import Judge, Judged, judged_blocks, may_fork
 from gemma_tune.prepare.near import NearIndex
 from gemma_tune.prepare.selection import Columns, Gathered, select
 from gemma_tune.prepare.spool import Batch, Spool
@@ -30,6 +30,7 @@ from gemma_tune.run.session import Session
 
 _SEVERAL_PROCESSES = 4_000_000  # bytes of input from which starting processes pays
 _MOST_PROCESSES = 8  # one process reads and writes for all of them, and each takes memory
+_PICTURED = 16  # times the work that a small file's bytes tell, where its rows may name pictures: each is decoded
 _BLOCK = 1 << 18  # bytes of input that are worked on together; several processes hold a few dozen times that
 
 
@@ -61,9 +62,11 @@ class Passes:
         """The first pass: every row that is taken is checked, encoded and counted."""
         before = np.cumsum([0, *(source.size or 0 for source in self.sources)])
         total = int(before[-1])
+        weight = _PICTURED if self.judge.pictures is not None and total < _SEVERAL_PROCESSES else 1
         blocks = ((number, block) for number, source in enumerate(self.sources)
-                  for block in self.drawing.of(source, read_blocks(source, _BLOCK, self.session.listener)))
-        for number, block, judged in judged_blocks(blocks, self.judge, _processes(self.sources, total)):
+                  for block in self.drawing.of(source, read_blocks(source, _BLOCK // weight, self.session.listener)))
+        processes = _processes(self.sources, total * (weight if may_fork() else 1))
+        for number, block, judged in judged_blocks(blocks, self.judge, processes):
             done = before[number] + block.done * (before[number + 1] - before[number])
             self.session.listener.progress("checking rows", round(done), total)
             self._take(judged, number)

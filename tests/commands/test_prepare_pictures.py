@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +351,18 @@ def test_the_tokens_of_pictures_are_counted(learn):
     done = learn("rows.jsonl")
     assert done["summary"]["picture_tokens"] == report()["picture_tokens"] == 12
     assert "tokens of pictures" in done["err"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others start processes more slowly")
+@pytest.mark.parametrize("sees", [True, False])
+def test_small_files_with_pictures_are_much_work(seeing, tiny, monkeypatch, sees):
+    """Each is decoded, which takes a thousand times as long as to read its path."""
+    asked, plain = [], passes._processes
+    monkeypatch.setattr(passes, "_processes", lambda sources, total: asked.append(plain(sources, total)) or 1)
+    monkeypatch.setattr(passes, "cores", lambda: 4)
+    done = []
+    monkeypatch.setattr("gemma_tune.cli.console.ConsoleListener.progress", lambda self, task, *numbers: done.append(task))
+    write_rows(Path("rows.jsonl"), [{"messages": [{"role": "user", "content": f"{n} {'word ' * 300}"}, {"role": "assistant", "content": "!"}]}
+                                    for n in range(200)])
+    assert invoke("prepare", "rows.jsonl", "--model", seeing if sees else tiny, "--max-length", 4096).code == 0
+    assert asked == [4 if sees else 1] and (done.count("checking rows") > 10) == sees
