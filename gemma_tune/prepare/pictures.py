@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from gemma_tune.base.files import NEW, unfinished
 from gemma_tune.data.conversations.picture_files import (
     MISSING,
     Place,
+    Tried,
     Unusable,
     decoded,
     examined,
@@ -45,12 +46,14 @@ class NoticedPictures:
     Args:
         found, missing: how many of those that rows name are there, and are not.
         first_missing: the path of the first that is not, and where it was looked for.
+        tried: where they were looked for, see :func:`located`.
         moving: rows with an animated picture, or one of several pages; ``first_moving`` is where the first of them is.
     """
 
     found: int = 0
     missing: int = 0
     first_missing: tuple[str, Place] | None = None
+    tried: Tried = field(default_factory=dict)
     moving: int = 0
     first_moving: str = ""
 
@@ -59,6 +62,7 @@ class NoticedPictures:
         self.found += later.found
         self.missing += later.missing
         self.first_missing = self.first_missing or later.first_missing
+        self.tried |= later.tried
         self.moving += later.moving
         self.first_moving = self.first_moving or later.first_moving
 
@@ -108,7 +112,7 @@ class Pictures:
         if "base64" in ref:
             return self._kept(decoded(ref["base64"]))
         try:
-            file, found = located(ref["path"], place)
+            file, found = located(ref["path"], place, noticed.tried)
         except Unusable as e:
             if e.code == MISSING:
                 noticed.missing += 1

@@ -40,6 +40,7 @@ from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.models.known import known_config, other_task
 from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
+from gemma_tune.prepare import picture_inputs
 from gemma_tune.prepare.drawing import limits_of, meant
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
@@ -96,6 +97,9 @@ def prepare(session: Session, preview: int = 0, *, foretell: Callable[[Session, 
     recorded = session.manifest.stages.get("prepare")
     if recorded and recorded["summary"].get("encoding") != encoding_key(recorded["base"]):
         session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
+        session = replace(session, force=True)
+    elif recorded and (others := picture_inputs.others_now(session.run)):
+        session.listener.note(f"`prepare` runs again: {others}")
         session = replace(session, force=True)
 
     def work(s: Session) -> Finished:
@@ -294,6 +298,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
         refuse_empty_sides(decided.selection, config, bool(held_out), decided.are_texts)
         report, tools = work.write(decided), work.findings.noticed.tools
         sequences = rows_of(folder / run.tokens.name)
+        picture_inputs.keep(run, folder / run.picture_files.name, work.findings.noticed.pictures.tried)
         if template:
             shutil.copyfile(template, folder / run.chat_template.name)
     run.refused_rows.unlink(missing_ok=True)

@@ -88,6 +88,11 @@ class RunDir:
         return self.data / PICTURES
 
     @property
+    def picture_files(self) -> Path:
+        """Where the rows' pictures were looked for, see ``prepare.picture_inputs``."""
+        return self.data / "picture_files.json"
+
+    @property
     def inputs(self) -> Path:
         """What was read from standard input, and the commits of hub datasets."""
         return self.root / "inputs"

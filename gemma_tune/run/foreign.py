@@ -13,7 +13,7 @@ from gemma_tune.run.directory import RunDir
 
 # What `prepare` puts into data/.
 PREPARED = ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json", "tokens", "origins.npy",
-            "chat_template.jinja", "pictures")
+            "chat_template.jinja", "pictures", "picture_files.json")
 _PICTURE = re.compile(r"[0-9a-f]{64}\.[a-z]+")  # names in data/pictures
 _OF_SYSTEMS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini")
 _SHOWN = 5

@@ -237,6 +237,42 @@ def test_paths_of_standard_input_begin_where_the_command_runs(learn):
     assert kept() == {name_of(content)}
 
 
+def test_what_was_put_right_is_noticed(learn):
+    """The same rows and settings, and other files that they name."""
+    kinds = [shown(f"{name}.png", question=f"{name}?") for name in ("here", "missing", "broken", "gone")]
+    first = {name: save(f"data/{name}.png") for name in ("here", "gone")}
+    save("data/broken.png", b"none")
+    write_rows(Path("data/rows.jsonl"), kinds)
+    prepare = ("data/rows.jsonl", "--max-rejected", 0.5)
+    learn(*prepare)
+    assert learn(*prepare)["status"] == "up-to-date" and len(kept()) == 2
+    missing = save("data/missing.png")
+    done = learn(*prepare)
+    assert done["status"] == "done" and "`prepare` runs again: 1 picture was put there, or changed, since: data/missing.png" in done["err"]
+    assert learn(*prepare)["status"] == "up-to-date"
+    for name in ("broken", "here"):
+        save(f"data/{name}.png", as_bytes(drawn(50, (51, 20 + len(name)))))
+    os.remove("data/gone.png")
+    assert "2 pictures were put there, or changed, since, such as data/" in (done := learn(*prepare, code=0))["err"]
+    assert kept() == {name_of(missing), *(name_of(as_bytes(drawn(50, (51, 20 + n)))) for n in (4, 6))}
+    save("data/gone.png", first["gone"])
+    learn(*prepare)
+    assert len(kept()) == 4
+    os.remove("data/gone.png")
+    assert learn(*prepare)["status"] == "up-to-date", "the run has what is gone"
+    assert "data/gone.png" not in (DATA / "picture_files.json").read_text() and "../../data" in (DATA / "picture_files.json").read_text()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"folders": 3}', b'{"folders": ["a"], "files": [[7, "b", 1, 2]]}',
+                                    b'{"folders": [null], "files": []}', b'{"folders": ["a"], "files": [[0, null, 1, 2]]}', b"\xff"])
+def test_a_damaged_list_of_them_is_passed_over(learn, damage):
+    save("a.png")
+    write_rows(Path("rows.jsonl"), [shown("a.png")])
+    learn("rows.jsonl")
+    (DATA / "picture_files.json").write_bytes(damage)
+    assert learn("rows.jsonl")["status"] == "up-to-date"
+
+
 # --- which rows are the same
 
 def test_the_same_question_about_other_pictures_is_another_row(learn):

@@ -100,8 +100,14 @@ class Unusable(Exception):
         return Problem(self.code, f"{what} {self.reason}", self.fix)
 
 
-def located(path: str, place: Place) -> tuple[Path, os.stat_result]:
+Tried = dict[tuple[Path, str], tuple[int, int] | None]
+
+
+def located(path: str, place: Place, tried: Tried) -> tuple[Path, os.stat_result]:
     """The file that a path of a row means, and what the system says of it.
+
+    Args:
+        tried: takes where it was looked for, as folder and path: size and time stamp of what was there, or None.
 
     Raises:
         Unusable: it is not there, or not for these rows to name.
@@ -118,12 +124,14 @@ def located(path: str, place: Place) -> tuple[Path, os.stat_result]:
         try:
             found = (folder / path).stat()
         except (FileNotFoundError, NotADirectoryError):
+            tried[folder, path] = None
             continue
         except (OSError, ValueError) as e:  # no right to look there; too long a name, or one with a zero in it
             raise Unusable(f"cannot be read: {getattr(e, 'strerror', None) or e}", _MEND) from None
         if not stat.S_ISREG(found.st_mode):
             raise Unusable(f"is {'a folder' if stat.S_ISDIR(found.st_mode) else 'no file'}",
                            "name a file, or leave the row out")
+        tried[folder, path] = found.st_size, found.st_mtime_ns
         return folder / path, found
     if os.path.isabs(path):
         raise Unusable("is not there", "write a path that begins in the folder of the data, or in that of --pictures "

@@ -30,6 +30,14 @@ from support.picture_files import as_bytes, drawn, moving, save, turned
 OWN, HUBS = Place((Path("data"),)), Place((Path("data"),), own=False)
 
 
+def leads_to(path: str, place: Place) -> bytes:
+    return read(located(path, place, {})[0])
+
+
+def nowhere(path: str, place: Place) -> Unusable:
+    return fault(located, path, place, {})
+
+
 def fault(of, *args) -> Unusable:
     with pytest.raises(Unusable) as raised:
         of(*args)
@@ -126,24 +134,35 @@ def test_own_rows_name_any_file(tmp_path):
     content = save("data/img/a.png")
     save("b.png", content)
     for path in ("img/a.png", "./img//a.png", "../b.png", f"{tmp_path}/b.png"):
-        assert read(located(path, OWN)[0]) == content, path
+        assert leads_to(path, OWN) == content, path
 
 
 def test_the_named_folder_comes_first_and_that_of_the_data_after_it():
     first, second = save("named/a.png", as_bytes(drawn(1))), save("data/b.png", as_bytes(drawn(2)))
     save("data/a.png", as_bytes(drawn(3)))
     both = Place((Path("named"), Path("data")))
-    assert [read(located(path, both)[0]) for path in ("a.png", "b.png")] == [first, second]
-    assert fault(located, "c.png", both).reason == "is not below named or data"
+    assert [leads_to(path, both) for path in ("a.png", "b.png")] == [first, second]
+    assert nowhere("c.png", both).reason == "is not below named or data"
+
+
+def test_where_it_was_looked_for_is_told():
+    size = len(save("data/b.png"))
+    tried = {}
+    both = Place((Path("named"), Path("data")))
+    located("b.png", both, tried)
+    fault(located, "c.png", both, tried)
+    named, data = both.folders
+    assert tried == {(named, "b.png"): None, (data, "b.png"): (size, os.stat("data/b.png").st_mtime_ns), (named, "c.png"): None,
+                     (data, "c.png"): None}
 
 
 def test_rows_of_the_hub_name_what_lies_in_the_named_folder_alone(tmp_path):
     content = save("data/img/a.png")
     save("b.png")
-    assert read(located("img/../img/a.png", HUBS)[0]) == content
+    assert leads_to("img/../img/a.png", HUBS) == content
     for path in ("../b.png", "img/../../b.png", f"{tmp_path}/b.png", f"{tmp_path}/data/img/a.png"):
-        assert "nothing else of this machine" in fault(located, path, HUBS).reason
-    none = fault(located, "img/a.png", Place((), own=False))
+        assert "nothing else of this machine" in nowhere(path, HUBS).reason
+    none = nowhere("img/a.png", Place((), own=False))
     assert "name no files of this machine" in none.reason and "--pictures DIR" in none.fix
 
 
@@ -153,7 +172,7 @@ def test_rows_of_the_hub_name_what_lies_in_the_named_folder_alone(tmp_path):
     ("a\0b.png", "cannot be read", BROKEN), ("n" * 300, "cannot be read: File name too long", BROKEN)])
 def test_paths_that_lead_nowhere(path, said, code):
     save("data/img/a.png")
-    found = fault(located, path, OWN)
+    found = nowhere(path, OWN)
     assert found.reason.startswith(said) and found.code == code
 
 
@@ -161,7 +180,7 @@ def test_paths_that_lead_nowhere(path, said, code):
 def test_a_pipe_is_not_waited_for():
     os.makedirs("data")
     os.mkfifo("data/a.png")
-    assert fault(located, "a.png", OWN).reason == "is no file"
+    assert nowhere("a.png", OWN).reason == "is no file"
 
 
 def test_a_huge_file_is_not_read(monkeypatch):
