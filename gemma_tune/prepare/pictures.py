@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, unfinished
+from gemma_tune.base.words import first_line
 from gemma_tune.data.conversations.picture_files import (
     MISSING,
     Place,
@@ -26,6 +28,7 @@ from gemma_tune.data.conversations.picture_files import (
 )
 from gemma_tune.data.conversations.problems import Problem, RowError, quoted
 from gemma_tune.data.reading.rows import Row
+from gemma_tune.encoding.eye import Eye, size_of
 
 Turn = dict[str, Any]
 _REMEMBERED = 100_000  # files of which a process knows what they are
@@ -73,10 +76,11 @@ class Pictures:
     Args:
         folder: the directory, which is made when there is a picture.
         places: where the pictures of each source's rows lie, by its name.
+        eye: of the model that is to learn from them.
     """
 
-    def __init__(self, folder: Path, places: Mapping[str, Place]):
-        self.folder, self._places = folder, places
+    def __init__(self, folder: Path, places: Mapping[str, Place], eye: Eye):
+        self.folder, self._places, self._eye = folder, places, eye
         self._known: dict[Hashable, _Kept | Unusable] = {}
 
     def taken(self, row: Row, messages: Sequence[Turn], noticed: NoticedPictures) -> list[Turn]:
@@ -134,6 +138,13 @@ class Pictures:
             with unfinished(path.with_name(f"{NEW}{os.getpid()}-{path.name}")) as fresh:
                 fresh.write_bytes(content)
                 os.replace(fresh, path)
+        try:
+            self._eye.written(size_of(path))
+        except (UserError, MemoryError):  # about the model, or the machine
+            raise
+        except Exception as e:  # of a shape, say, that the family's processor does not take
+            raise Unusable(f"is none that the model is shown: {first_line(e)}", "make another picture of it, or leave "
+                                                                               "the row out") from None
         return _Kept(path.name, several)
 
     def _remembered(self, key: Hashable, find: Callable[[], _Kept]) -> _Kept:

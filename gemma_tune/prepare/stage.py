@@ -321,7 +321,8 @@ def _pictures(session: Session, chat: ChatFormat, sources: Sequence[Source]) -> 
     named = session.config.pictures
     named = session.run.found(named) if named else None  # it is relative to the run by now
     chat.eye.folder = fresh_path(session.run.data) / PICTURES
-    return Pictures(chat.eye.folder, {source.name: place_of(source, named, session.run.inputs) for source in sources})
+    places = {source.name: place_of(source, named, session.run.inputs) for source in sources}
+    return Pictures(chat.eye.folder, places, chat.eye)
 
 
 def _refuse_other_than_learned(session: Session, made: Finished) -> None:

@@ -21,8 +21,17 @@ from support.picture_files import as_bytes, drawn, moving, name_of, prepared_row
 ROW = Row("rows.jsonl", 3, {})
 
 
+class Eye:
+    """What a model makes of a picture; of narrow ones nothing, as Qwen's processor."""
+
+    def written(self, size: tuple[int, int]) -> str:
+        if max(size) > 200 * min(size):
+            raise ValueError(f"absolute aspect ratio must be smaller than 200, got {max(size) / min(size)}")
+        return "<soft>"
+
+
 def taking(place: Place = Place((Path(),))) -> Pictures:
-    return Pictures(Path("kept"), {"rows.jsonl": place})
+    return Pictures(Path("kept"), {"rows.jsonl": place}, Eye())
 
 
 def turns(*refs: dict) -> list[dict]:
@@ -47,6 +56,16 @@ def test_a_row_has_every_problem_of_its_pictures():
     assert [problem.code for problem in raised.value.problems] == [MISSING, "picture", "picture"]
     assert all("of turn 2" in problem.reason for problem in raised.value.problems)
     assert (noticed.found, noticed.missing, noticed.first_missing[0]) == (1, 1, "gone.png")
+
+
+def test_what_the_model_is_not_shown_is_told():
+    save("a.png", as_bytes(drawn(1, (401, 2))))
+    save("b.png", as_bytes(drawn(1, (400, 2))))
+    with pytest.raises(RowError) as raised:
+        taking().taken(ROW, turns({"at": 0, "path": "b.png"}, {"at": 0, "path": "a.png"}), NoticedPictures())
+    [problem] = raised.value.problems
+    assert problem.code == "picture" and problem.reason == (
+        "the picture 'a.png' of turn 2 is none that the model is shown: absolute aspect ratio must be smaller than 200, got 200.5")
 
 
 def test_a_file_that_changed_is_read_again():
