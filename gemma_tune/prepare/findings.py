@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gemma_tune.prepare.judge import Judged, Noticed, Rejected
 from gemma_tune.run.manifest import CONVERSATIONS
@@ -52,7 +52,12 @@ class Findings:
         for item in judged.rejected:
             self.reasons[item.code] += 1
             self.first_of.setdefault(item.code, item.place)
-        self.examples += judged.rejected[:_EXAMPLES - len(self.examples)]
+        self.examples += map(_named, judged.rejected[:_EXAMPLES - len(self.examples)])
         long = [item for item in judged.rejected if item.is_too_long]
         self.long += len(long)
-        self.long_examples += long[:_LONG_EXAMPLES - len(self.long_examples)]
+        self.long_examples += map(_named, long[:_LONG_EXAMPLES - len(self.long_examples)])
+
+
+def _named(item: Rejected) -> Rejected:
+    """Without the row itself, which can hold pictures of megabytes."""
+    return Rejected(replace(item.row, value=None), item.problems)
