@@ -32,7 +32,7 @@ from gemma_tune.data.reading.names import TEXT_FORMAT, how_of
 from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.chat_format import ChatFormat, NoTemplate
-from gemma_tune.encoding.eye import blindness
+from gemma_tune.encoding.eye import blindness, eye_of
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.templates import COMPLETION, NAMED, OWN, named_template
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer, read_template
@@ -384,14 +384,21 @@ def _preview(session: Session, count: int, kind: str | None) -> None:
     sequences = open_tokens(session.run.tokens / "train.arrow")
     marks = answers_of(sequences)
     names = _ANSWERS.get(kind, {})
-    shown = min(count * (2 if kind == PAIRS else 1), len(sequences))
+    shown, eye = min(count * (2 if kind == PAIRS else 1), len(sequences)), eye_of(session.model.path, tokenizer)
     rows = []
     for sequence in sequences.select(range(shown)):
         learned = sequence["labels"] != IGNORE_INDEX
         edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
-        rows.append([(tokenizer.decode(sequence["input_ids"][a:b]), bool(learned[a]))
+        rows.append([(_text(tokenizer, sequence["input_ids"][a:b], eye and eye.soft_id), bool(learned[a]))
                      for a, b in zip(edges, edges[1:])])
     session.listener.preview(rows, [names.get(int(mark), "") for mark in marks[:shown]])
+
+
+def _text(tokenizer: Any, ids: np.ndarray, soft: int | None) -> str:
+    """The text of ids. A token that stands hundreds of times for a picture is shown once, with its number."""
+    edges = [0, *(np.flatnonzero(np.diff(ids == soft)) + 1).tolist(), len(ids)]
+    return "".join(f"{tokenizer.decode([soft])} x {b - a}" if ids[a] == soft else tokenizer.decode(ids[a:b])
+                   for a, b in zip(edges, edges[1:]))
 
 
 def _lengths(figures: dict[str, Any]) -> dict[str, int]:

@@ -389,6 +389,14 @@ def test_the_tokens_of_pictures_are_counted(learn):
     assert "tokens of pictures" in done["err"]
 
 
+def test_a_preview_shows_where_pictures_stand(learn):
+    save("a.png")
+    write_rows(Path("rows.jsonl"), [shown("a.png")])
+    said = learn("rows.jsonl", "--preview", 1)["err"]
+    assert "<start_of_image><image_soft_token> x 4<end_of_image>" in said and "What is this?<end_of_turn>" in said
+    assert "⟦A dot.<end_of_turn>⟧" in said
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="others start processes more slowly")
 @pytest.mark.parametrize("sees", [True, False])
 def test_small_files_with_pictures_are_much_work(seeing, tiny, monkeypatch, sees):
