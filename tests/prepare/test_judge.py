@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.prepare.judge import Judge, _beside
+from gemma_tune.prepare.judge import Judge, _beside, _with_pictures
 from gemma_tune.prepare.near import signature, similarity
 from support.command import write_rows
 from support.prepared import format_of, with_template
@@ -60,3 +60,24 @@ def test_how_an_answer_that_is_judged_becomes_several_sequences_is_told_whatever
     assert said.code == 0, said.err
     assert "2 rows become several sequences" in said.err and "rows.jsonl:1: the chat template is not prefix-consistent" in said.err
     assert "1 good, 1 bad" in said.err
+
+
+def looked_at(text: str, *places: int, file: str = "a.png", answer: str = "A dot.") -> dict:
+    pictures = [{"at": at, "file": f"pictures/{file}"} for at in places]
+    return {"messages": [user(text) | {"pictures": pictures}, assistant(answer)]}
+
+
+def test_pictures_are_part_of_a_prompt(judge):
+    """White space around the text is not, wherever it leaves them in the row's own count."""
+    same = [looked_at("What is this?", 0, 8), looked_at("\n What is this? ", 2, 10), looked_at(" What is this?", 0, 9, answer="No.")]
+    others = [looked_at("What is this?", 0, 7), looked_at("What is this?", 0), looked_at("What is this?", 0, 8, file="b.png"),
+              {"messages": [user("What is this?"), assistant("A dot.")]}]
+    assert len({judge._prompt(row) for row in same}) == 1
+    assert len({judge._prompt(row) for row in [same[0], *others]}) == 5
+
+
+def test_pictures_move_with_the_text_that_is_compared():
+    padded = user("  ab  ") | {"pictures": [{"at": at, "file": "f"} for at in (0, 2, 3, 6)]}
+    written = _with_pictures({**padded, "content": " ab"}, padded)
+    assert [picture["at"] for picture in written["pictures"]] == [0, 1, 2, 3] and written["content"] == " ab"
+    assert _with_pictures(padded, padded) is padded
