@@ -137,7 +137,7 @@ def test_each_fault_is_told_with_the_path_as_written(learn):
               "cut.jpg": ("picture", "is damaged, or cut off"), "./page.png": ("picture", "is a web page")}
     save("good.png")
     write_rows(Path("rows.jsonl"), [*map(shown, faults), shown("good.png"), shown("gone.png", "cut.jpg"),
-                                    {"messages": [{"role": "user", "content": [{"type": "image", "base64": "…"}, {"type": "text", "text": "?"}]},
+                                    {"messages": [{"role": "user", "content": [{"type": "image", "base64": "AAAAA"}, {"type": "text", "text": "?"}]},
                                                   {"role": "assistant", "content": "!"}]}])
     learn("rows.jsonl", "--max-rejected", 0.9)
     found = read("rejected")
