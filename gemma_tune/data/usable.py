@@ -16,13 +16,15 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats
-from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.data.conversations.problems import Problem, RowError
 from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import Row, Source, read_blocks
 from gemma_tune.data.reading.text import TextFile
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 
+_PICTURE = Problem("pictures", "the row has a picture, and those of a file that is named beside the data are not "
+                               "looked at", "leave the row out, or keep it aside with `prepare --valid`")
 _PASSAGE = 8192  # characters of plain text that are taken as one row
 T = TypeVar("T")
 
@@ -86,6 +88,8 @@ def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig) -> tupl
             example = formats.example_of(row)
             if problems := checks.problems(example):
                 raise RowError(problems)
+            if any("pictures" in turn for turn in example.messages or ()):
+                raise RowError([_PICTURE])
         except RowError as e:
             faults.append(f"{row.file}:{row.line}: {'; '.join(f'{p.reason} ({p.fix})' for p in e.problems)}")
         else:
