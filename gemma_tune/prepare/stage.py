@@ -287,8 +287,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                                 "is continued as it stands, also in `chat` and in Ollama")
     _tell_of_model(session, chat, saved_as)
     foretell(session, chat)
-    blind = blindness(session.model.path, chat.tokenizer).replace("the model", session.model.id)
-    judge = Judge(chat, config, _pictures(session, chat, [*sources, *held_out]), blind)
+    judge = Judge(chat, config, _pictures(session, chat, [*sources, *held_out]), _blind(session, chat))
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()
         explain(judge, work.findings.noticed, config, listener)
@@ -323,6 +322,14 @@ def _pictures(session: Session, chat: ChatFormat, sources: Sequence[Source]) -> 
     chat.eye.folder = fresh_path(session.run.data) / PICTURES
     places = {source.name: place_of(source, named, session.run.inputs) for source in sources}
     return Pictures(chat.eye.folder, places, chat.eye)
+
+
+def _blind(session: Session, chat: ChatFormat) -> str:
+    """Why nothing can be learned from a picture, as the end of a sentence that names it; empty if something can."""
+    why, model = blindness(session.model.path, chat.tokenizer), session.model.id
+    if not why or why.startswith("the model "):
+        return why.replace("the model", model, 1)
+    return f"nothing can be learned from it with {model}: {why}"
 
 
 def _refuse_other_than_learned(session: Session, made: Finished) -> None:

@@ -189,7 +189,7 @@ def test_a_model_of_which_a_file_is_missing(seeing):
     shutil.copytree(seeing, "blind", ignore=shutil.ignore_patterns("preprocessor_config.json"))
     write_rows(Path("rows.jsonl"), [shown("a.png")])
     failed = invoke("prepare", "rows.jsonl", "--model", "blind")
-    assert failed.code == 2 and "the row has a picture, and its folder has no preprocessor_config.json" in failed.err
+    assert failed.code == 2 and "the row has a picture, and nothing can be learned from it with blind: its folder has no preprocessor_config.json" in failed.err
 
 
 def test_animations_are_told_once(learn):
