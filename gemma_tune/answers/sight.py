@@ -60,12 +60,14 @@ def _one(parts: Any) -> torch.Tensor:
     return (parts if isinstance(parts, torch.Tensor) else torch.cat(list(parts))).flatten(0, -2)
 
 
-def inputs_beside(eye: Eye, ids: torch.Tensor, pictures: Sequence[Features]) -> dict[str, Any]:
+def inputs_beside(eye: Eye, ids: torch.Tensor, pictures: Sequence[Features],
+                  device: torch.device | None = None) -> dict[str, Any]:
     """What a model is given beside ``input_ids`` where these have pictures.
 
     Args:
-        ids: (rows, length) int64; where they lie, the inputs will.
+        ids: (rows, length) int64. Of those on the CPU no GPU has to be waited for.
         pictures: features of all pictures, from row to row, in order.
+        device: where the inputs will lie, if not where ``ids`` do.
 
     Raises:
         ValueError: they are not as long as the tokens that stand for them.
@@ -73,20 +75,23 @@ def inputs_beside(eye: Eye, ids: torch.Tensor, pictures: Sequence[Features]) -> 
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device or ids.device, non_blocking=True)
+
     marks = ids == eye.soft_id
-    seen = torch.cat([features[SEEN] for features in pictures]).to(ids.device)
+    seen = there(torch.cat([features[SEEN] for features in pictures]))
     if int(marks.sum()) != len(seen):
         raise ValueError(f"{int(marks.sum())} tokens stand for pictures with {len(seen)} features")
     # Gemma 3 takes one tensor, others a list of those of single pictures.
     output = BaseModelOutputWithPooling(pooler_output=seen[None] if eye.config["model_type"] == "gemma3" else [seen])
     if deep := [key for key in pictures[0] if key.startswith(_DEEP)]:
-        output["deepstack_features"] = [[features[key].to(ids.device) for features in pictures] for key in deep]
+        output["deepstack_features"] = [[there(features[key]) for features in pictures] for key in deep]
     beside: dict[str, Any] = {"mm_encoder_outputs": {"image": output}}
     if eye.marks:
-        beside[eye.marks] = marks.long()
+        beside[eye.marks] = there(marks.long())
     for key in _BESIDE:
         if key in pictures[0]:
-            beside[key] = torch.cat([features[key] for features in pictures]).to(ids.device)
+            beside[key] = there(torch.cat([features[key] for features in pictures]))
     return beside
 
 
@@ -117,13 +122,15 @@ class Seen:
             told: called with how many there are by now.
 
         Raises:
+            OSError: a picture cannot be read.
             WorkFailed: they cannot be written.
         """
         from safetensors.torch import save_file
 
         for done, name in enumerate(names, start=1):
+            features = see(model, self.eye, name)
             with replacing(self._path(name)) as path:
-                save_file(see(model, self.eye, name), path)
+                save_file(features, path)
             told(done)
 
     def __getitem__(self, name: str) -> Features:
@@ -135,8 +142,8 @@ class Seen:
         return self.folder / f"{Path(name).stem}.safetensors"
 
 
-def beside(seen: Mapping[str, Features] | Seen, eye: Eye, ids: torch.Tensor,
-           names: Sequence[Sequence[str]]) -> dict[str, Any]:
+def beside(seen: Mapping[str, Features] | Seen, eye: Eye, ids: torch.Tensor, names: Sequence[Sequence[str]],
+           device: torch.device | None = None) -> dict[str, Any]:
     """As :func:`inputs_beside`, for rows with the names of their pictures; nothing where there is none."""
     pictures = [seen[name] for row in names for name in row]
-    return inputs_beside(eye, ids, pictures) if pictures else {}
+    return inputs_beside(eye, ids, pictures, device) if pictures else {}

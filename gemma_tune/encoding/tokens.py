@@ -151,6 +151,13 @@ def pictures_in(dataset: Any) -> list[str]:
     return list(names)
 
 
+def pictured(dataset: Any) -> np.ndarray:
+    """Which sequences have pictures (bool), without reading them."""
+    import pyarrow.compute as pc
+
+    return pc.binary_length(dataset.data.column("pictures")).to_numpy() > 0
+
+
 def digests_of(dataset: Any) -> set[bytes]:
     """What tells each sequence's ids from others, see :func:`digest`."""
     found = set()

@@ -93,6 +93,12 @@ class RunDir:
         return self.data / "picture_files.json"
 
     @property
+    def seen(self) -> Path:
+        """What the model saw in these pictures, see ``answers.sight``. It can be deleted at any time: a training
+        looks at them again."""
+        return self.root / "seen"
+
+    @property
     def inputs(self) -> Path:
         """What was read from standard input, and the commits of hub datasets."""
         return self.root / "inputs"

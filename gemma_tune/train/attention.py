@@ -23,6 +23,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 BLOCK = 256  # queries per block: their scores against 1,000 keys of 4 heads are 4 MB
+# Name of what a model is given, and hands on to its attention, where masks say more than that it is causal: parts of a
+# picture see each other. It goes along where layers are computed again in a backward pass.
+AS_MASKED = "as_masked"
 Pieces = tuple[slice, ...]  # of a row, one after the other
 
 
@@ -152,7 +155,7 @@ def plain_causal(module: Any, query: torch.Tensor, key: torch.Tensor, value: tor
     Args:
         more: what else the attention function was given by name.
     """
-    return (not dropout and is_causal is not False and getattr(module, "is_causal", False)
+    return (not dropout and is_causal is not False and getattr(module, "is_causal", False) and not more.get(AS_MASKED)
             and query.shape[2] == key.shape[2] and key.shape[1] == value.shape[1]
             and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
             and (attention_mask is None or bool(more.get("sliding_window"))))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.train.loss import IGNORE_INDEX
 
 _GROUP = 50  # steps whose rows are sorted by length together: similar lengths, and yet another mixture each epoch
@@ -157,7 +158,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ``input_ids`` and ``labels`` (rows, length) int64, ``lengths`` (rows,) int64. Padding is token 0, which no
         trained position sees: attention is causal, and labels are ``IGNORE_INDEX`` there. No rows give one token
         that is not trained, for a process that takes part in a step without a row of its own. Of rows that a loader
-        fetched also ``step_tokens``, ``step_trained`` and ``step_rows`` of the whole step, see :class:`Batch`.
+        fetched also ``step_tokens``, ``step_trained`` and ``step_rows`` of the whole step, see :class:`Batch`, and
+        where any row has some, ``pictures``: the names of those of each row.
     """
     sizes = [len(row["input_ids"]) for row in rows] or [0]
     ids = torch.zeros(len(sizes), max(1, *sizes), dtype=torch.long)
@@ -165,18 +167,24 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for n, row in enumerate(rows):
         ids[n, :sizes[n]] = torch.as_tensor(row["input_ids"])
         labels[n, :sizes[n]] = torch.as_tensor(row["labels"])
-    batch = {"input_ids": ids, "labels": labels, "lengths": torch.tensor(sizes)}
+    batch = {"input_ids": ids, "labels": labels, "lengths": torch.tensor(sizes)} | _shown([
+        row.get(PICTURES, ()) for row in rows])
     if isinstance(rows, Batch):
         batch |= {"step_tokens": rows.tokens, "step_trained": rows.trained, "step_rows": rows.step}
     return batch
 
 
-def pieces(batch: dict[str, Any], rows: int) -> Iterator[dict[str, torch.Tensor]]:
+def _shown(names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    return {PICTURES: names} if any(names) else {}
+
+
+def pieces(batch: dict[str, Any], rows: int) -> Iterator[dict[str, Any]]:
     """The batch in parts of at most ``rows`` rows, each without the padding that it does not need."""
     for start in range(0, len(batch["lengths"]), rows):
         part = {name: batch[name][start:start + rows] for name in ("input_ids", "labels", "lengths")}
         longest = max(1, int(part["lengths"].max()))
-        yield part | {name: part[name][:, :longest] for name in ("input_ids", "labels")}
+        shown = _shown(batch[PICTURES][start:start + rows]) if PICTURES in batch else {}
+        yield part | {name: part[name][:, :longest] for name in ("input_ids", "labels")} | shown
 
 
 def trained_count(labels: torch.Tensor) -> int:

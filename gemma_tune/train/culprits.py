@@ -120,7 +120,7 @@ def _rows_not_finite(trainer: Any, rows: Sequence[int]) -> list[int] | None:
     """
     here = processes.place()
     mine = list(rows[here.rank::here.count])
-    batches = [trainer.collate([trainer.train_dataset[row]]) for row in mine]
+    batches = [trainer.with_sight(trainer.collate([trainer.train_dataset[row]])) for row in mine]
     if trainer.sharded:  # in each pass the processes gather every layer from each other, so all make as many
         batches += [trainer.collate([])] * (processes.most(len(batches)) - len(batches))
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.models.placement import wide
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.undoing import plain_forward
@@ -141,7 +142,11 @@ def logit_change(trainer: GemmaTrainer, dataset: Any) -> LogitChange | None:
         ids, predicted = _beginning(dataset[row])
         if not predicted:
             continue
-        base, tuned = _logits(trainer, ids, predicted)
+        try:
+            seen = _seen(trainer, ids, dataset[row].get(PICTURES, ()))
+        except ValueError:  # some of its pictures come later
+            continue
+        base, tuned = _logits(trainer, ids, predicted, seen)
         apart.append(divergence(base, tuned))
         largest.append(torch.where(base.isfinite(), tuned - base, 0.0).abs().max())
     if not apart:
@@ -165,11 +170,23 @@ def _beginning(row: dict[str, Any]) -> tuple[list[int], int]:
         return [], 0
     end = next((n for n in range(learned[0], min(learned[0] + _POSITIONS, len(row["labels"])))
                 if row["labels"][n] == IGNORE_INDEX), min(learned[0] + _POSITIONS, len(row["labels"])))
-    start = max(0, learned[0] - _BEFORE)
+    start = 0 if row.get(PICTURES) else max(0, learned[0] - _BEFORE)
     return [int(n) for n in row["input_ids"][start:end - 1]], end - learned[0]
 
 
-def _logits(trainer: GemmaTrainer, ids: Sequence[int], last: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _seen(trainer: GemmaTrainer, ids: Sequence[int], pictures: Sequence[str]) -> dict[str, Any]:
+    """What the model is given of the pictures among these ids.
+
+    Raises:
+        ValueError: their tokens are not all there.
+    """
+    if not pictures or trainer.shown is None:
+        return {}
+    return trainer.shown.inputs(torch.tensor([ids]), [pictures], trainer.causal_lm.device)
+
+
+def _logits(trainer: GemmaTrainer, ids: Sequence[int], last: int,
+            seen: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the base and of the tuned model, at the last positions (last, vocabulary), in fp32 on the CPU."""
     model = trainer.causal_lm
     given = torch.tensor([ids], device=model.device)
@@ -177,7 +194,7 @@ def _logits(trainer: GemmaTrainer, ids: Sequence[int], last: int) -> tuple[torch
         less = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
         def of_these() -> torch.Tensor:
-            out = model(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False, **less)
+            out = model(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False, **less, **seen)
             return out.logits[0, -last:].float().cpu()
 
         with trainer.model.disable_adapter():

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from gemma_tune.base.finite import not_finite
 from gemma_tune.base.words import first_line, span
 from gemma_tune.train import processes
 from gemma_tune.train.batches import SortedBatches
-from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
+from gemma_tune.train.buckets import Buckets, costs_of, pieces_of, shapes_of_pieces
 from gemma_tune.train.captured import Body, CapturedSteps, LearnedTokens
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
 from gemma_tune.train.packed import packed_if_faster
@@ -140,7 +140,7 @@ class FirstBatch:
         """Capture the validation's forward passes as well, which come again in each evaluation."""
         if self.eval_dataset is None:
             return
-        batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
+        batches = self._of_text(SortedBatches(self.lengths[1], self._share(accumulation=1)), 1)
         shapes = shapes_of_pieces(batches, *self.sizes(1), self.micro_batch)
         evaluations = 2 + self.args.max_steps // max(1, int(self.args.eval_steps or self.args.max_steps))
         buckets = Buckets(np.repeat(shapes, evaluations, axis=0), costs_of(self.causal_lm))
@@ -153,11 +153,19 @@ class FirstBatch:
         tokens = sum(int(lengths[batch].sum()) for batch in batches)
         return shapes_of_pieces(batches, *self.sizes(0), self.micro_batch), tokens
 
-    def batches(self) -> list[np.ndarray]:
-        """The rows of this process's forward passes of the whole training, or of as many steps as are looked at."""
+    def batches(self) -> list[Sequence[int]]:
+        """The rows of this process's forward passes of the whole training, or of as many steps as are looked at, as far
+        as they can be captured."""
         share = self._sampler().share
         steps = itertools.islice(self._steps(), min(self.args.max_steps, MOST_STEPS))
-        return [batch for rows in steps for batch in share.batches(rows)]
+        return self._of_text([batch for rows in steps for batch in share.batches(rows)], 0)
+
+    def _of_text(self, batches: Iterable[Sequence[int]], side: int) -> list[Sequence[int]]:
+        """Batches of the training (0) or the validation (1) without those pieces that have pictures."""
+        if self.shown is None:
+            return list(batches)
+        pictured = self.shown.pictured[side]
+        return [part for part in pieces_of(batches, self.micro_batch) if not pictured[part].any()]
 
     def _steps(self) -> Iterator[np.ndarray]:
         """The rows of each step of all processes together, epoch by epoch without end."""
@@ -209,9 +217,11 @@ class FirstBatch:
         return float(sum(self.lengths[0]) * epochs / longest / self.accelerator.num_processes)
 
     def _sample(self) -> torch.Tensor:
-        """The beginning of the shortest row (1, length)."""
+        """The beginning of the shortest row (1, length), of a row with pictures that of its text."""
         shortest = int(min(range(len(self.lengths[0])), key=self.lengths[0].__getitem__))
-        return torch.as_tensor(self.train_dataset[shortest]["input_ids"][:48], device=self.causal_lm.device)[None]
+        ids = torch.as_tensor(self.train_dataset[shortest]["input_ids"])
+        text = ids if self.shown is None else ids[ids != self.shown.eye.soft_id]
+        return text[:48].to(self.causal_lm.device)[None]
 
     def _loss_by_logits(self, ids: torch.Tensor) -> float:
         with self.evaluating():

@@ -30,6 +30,7 @@ from gemma_tune.run.session import Session
 from gemma_tune.train import processes
 from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import Training
+from gemma_tune.train.looking import Shown
 from gemma_tune.train.memory import BatchChoice, choose, refuse_four_bits
 from gemma_tune.train.plan import Sizes, rate_at, steps_per_epoch
 from gemma_tune.train.results import name_no_place
@@ -160,8 +161,11 @@ def _refuse_beyond_positions(session: Session, shape: ModelShape, longest: int) 
                         f"{command('prepare', session.run.root, '--max-length', str(context))}")
 
 
-def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks):
+def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks, shown: Shown | None = None):
     """The trainer of a base model, with a new adapter on it, or the one that the job starts from.
+
+    Args:
+        shown: pictures of the rows, where they have any.
 
     Raises:
         UserError: these settings do not go with this model.
@@ -196,7 +200,7 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
             callbacks=[*callbacks], training=job.training, listener=session.listener,
             lengths=(sizes[0].lengths, sizes[1].lengths), trained=(sizes[0].trained, sizes[1].trained),
             micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config),
-            row_names=names_of(session.run, train_rows, sequences_of_a_row(config)), **more)
+            row_names=names_of(session.run, train_rows, sequences_of_a_row(config)), shown=shown, **more)
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e

@@ -60,6 +60,7 @@ class TrainingPlan:
         row: what each of them is called.
         device: where it is computed; ``dtype`` in which type, as ``--dtype`` names it.
         learning_rate: its peak.
+        pictures: what is said of those that rows show; empty where they show none.
     """
 
     sequences: int
@@ -85,11 +86,14 @@ class TrainingPlan:
     method: str = "sft"
     learning_rate: float = 0.0
     steps_done: int = 0
+    pictures: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """The plan for ``--json``; sizes in bytes."""
         values = asdict(self)
         values.pop("row")
+        if not self.pictures:
+            del values["pictures"]
         choice = values.pop("choice")
         memory = choice.pop("memory")
         return {**values, **choice, "memory": {**memory, "total": self.choice.memory.total}}
@@ -103,6 +107,7 @@ class TrainingPlan:
             "data": f"{counted(self.sequences, self.row)} of up to {self.longest:,} tokens{both}; "
                     f"{self.tokens_per_epoch:,} in all, {self.trained_tokens_per_epoch:,} learned; "
                     f"padding adds {self.padding:.0%}",
+            **({"pictures": self.pictures} if self.pictures else {}),
             "steps": f"{self.steps:,} ({self.steps_per_epoch:,} per epoch); each {self.row} is seen "
                      f"{self.exposures:.3g} times",
             "warm-up": f"{counted(self.warmup_steps, 'step')} ({self.warmup_steps / self.steps:.0%})",
@@ -160,7 +165,7 @@ def rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choice: BatchChoice, train: Sizes,
               valid: Sizes, *, tokens_per_second: float | None = None, notes: Sequence[str] = (),
-              steps_done: int = 0) -> TrainingPlan:
+              steps_done: int = 0, pictures: str = "") -> TrainingPlan:
     """Put the figures together.
 
     Args:
@@ -168,6 +173,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
             third of a second).
         notes: what else people should know.
         steps_done: of a training that goes on.
+        pictures: what is said of those that rows show.
     """
     rows = len(train)
     steps, per_epoch = total_steps(rows, config), steps_per_epoch(rows, config)
@@ -188,7 +194,7 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
         notes=(*surprises(rows, steps, config), *notes), row=row_name(config),
         longest_sequence=train.longest, device=placement.device, dtype=placement.short, method=config.method,
-        learning_rate=config.learning_rate, steps_done=steps_done)
+        learning_rate=config.learning_rate, steps_done=steps_done, pictures=pictures)
 
 
 def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:

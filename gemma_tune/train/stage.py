@@ -15,6 +15,7 @@ from gemma_tune.base.words import span
 from gemma_tune.config.settings import NOT_GIVEN
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import quiet_libraries
+from gemma_tune.encoding.tokens import pictures_in
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import with_weights
@@ -46,6 +47,8 @@ from gemma_tune.train.job import (
     sizes_of,
     with_batch_size,
 )
+from gemma_tune.train.looking import described as described_pictures
+from gemma_tune.train.looking import look, refuse_what_cannot_be_seen, shown_in
 from gemma_tune.train.memory import described, refuse_what_does_not_fit
 from gemma_tune.train.overview import overview
 from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, speed_of, surprises, total_steps
@@ -124,7 +127,8 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     quiet_libraries()
     session, waiting, start = as_before(session, go_on, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
-    sizes = [sizes_of(rows, session.config) for rows in prepared_sequences(session)]
+    sequences = prepared_sequences(session)
+    sizes = [sizes_of(rows, session.config) for rows in sequences]
     placement = choose_placement(session.config.dtype)
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
     notes = [] if len(sizes[1]) else ["there are no validation sequences: nothing will show overfitting"]
@@ -140,10 +144,15 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
         done, micro_batch = found.done, found.before["micro_batch"]
         notes.append(f"{found.done} of these {found.total} steps are done: {found.said}")
     shape, choice = fit(session, sizes, placement, micro_batch, start_folder(session))
+    shown = None
+    if any(map(pictures_in, sequences)):  # else no tokenizer is needed
+        shown = shown_in(session, chat_format_of(session), sequences, placement)
+        refuse_what_cannot_be_seen(shown, session, shape, choice)
     last = session.manifest.stages.get("train")
     speed = speed_of(last, session.config, placement, choice) if (
         last and last["base"] == session.model.fingerprint) else None
     return make_plan(shape, session.config, placement, choice, *sizes, notes=notes, steps_done=done,
+                     pictures=described_pictures(shown, session.model.path, shape.item) if shown else "",
                      tokens_per_second=speed)
 
 
@@ -183,7 +192,8 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
-    sizes = [sizes_of(rows, session.config) for rows in prepared_sequences(session)]
+    sequences = prepared_sequences(session)
+    sizes = [sizes_of(rows, session.config) for rows in sequences]
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
     config, run, listener = session.config, session.run, session.listener
     chat = chat_format_of(session)  # a Gemma's tokenizer takes seconds to load
@@ -195,6 +205,10 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     shape, choice = fit(session, sizes, placement, begun.training.micro_batch, begun.start)
     listener.detail("memory", described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
+    shown = shown_in(session, chat, sequences, placement)
+    refuse_what_cannot_be_seen(shown, session, shape, choice)
+    if shown:
+        listener.detail("pictures", described_pictures(shown, session.model.path, shape.item))
     listener.overview(overview(session, shape, choice, sizes, checkpoint))
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
@@ -215,11 +229,16 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
 
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
     train_rows, valid_rows = prepared_sequences(session)
+    shown = shown_in(session, chat, (train_rows, valid_rows), job.placement)
     try:
-        model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards)
+        model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards,
+                           sight=shown.sight if shown else "none")
     finally:  # weights that are not what they were explain whatever else is wrong
         refuse_bad_weights()
     job.startup.done("weights")
+    if shown:
+        look(shown, model, listener)
+        job.startup.done("pictures")
     rows = len(train_rows) // sequences_of_a_row(config)
     steps = total_steps(rows, config) - job.training.steps_before
     _tell_of_steps(session, rows)
@@ -230,7 +249,8 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
                 earlier=job.earlier, checkpoints=config.keep_checkpoints, before=job.training.steps_before,
                 first=job.training.before.get("eval_loss_before"))
     samples = Samples(session, chat, config.samples, log, earlier_records(run.samples, first), job.startup.total)
-    trainer = make_trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, samples, stop, reports))
+    trainer = make_trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, samples, stop, reports),
+                           shown)
     log.trainer = best.trainer = samples.trainer = reports.trainer = trainer
     keep_what_is_best(session, job.training, best)
     start = AdapterStart(trainer.model)
@@ -248,7 +268,8 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
         if summary["kept_step"]:  # else the adapter that it started from is the best, and stays
             summary |= require_learned(session, trainer, chat, start, until, summary["steps"])
         save_adapter(session, trainer.model, chat, run.adapter)
-    return job.training.of_all_steps(summary) | _figures(job, trainer)
+    pictures = {"pictures": len(shown.names)} if shown else {}
+    return job.training.of_all_steps(summary) | pictures | _figures(job, trainer)
 
 
 def _tell_of_steps(session: Session, rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import after_product
+from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.loss import rows_cross_entropy
 from gemma_tune.train.undoing import unsharded
 
@@ -21,7 +23,8 @@ def install_summed_loss(causal_lm: Any) -> None:
     ``positions`` (n,) are those of the flattened ``input_ids`` (rows, length) whose hidden state predicts a trained
     token, see ``batches.trained_positions``, ``targets`` (n,) those tokens, or ``IGNORE_INDEX`` where a list was filled
     up: so nothing has a size that depends on the data. ``position_ids`` are those of the model, where tokens are not
-    counted from each row's beginning.
+    counted from each row's beginning, and ``seen`` what it is given of pictures, see
+    ``answers.sight.inputs_beside``.
 
     Args:
         causal_lm: the base model, whose forward TRL has patched.
@@ -35,18 +38,19 @@ def install_summed_loss(causal_lm: Any) -> None:
     theirs = causal_lm.forward
 
     def forward(self, *args: Any, positions: torch.Tensor | None = None, targets: torch.Tensor | None = None,
-                each: bool = False, **kwargs: Any) -> Any:
+                each: bool = False, seen: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         if positions is None:
             return theirs(*args, **kwargs)
-        losses = _losses(self, kwargs["input_ids"], kwargs.get("position_ids"), positions, targets)
+        ids, places = kwargs["input_ids"], kwargs.get("position_ids")
+        hidden = _hidden_of_pictures(self, ids, seen) if seen else _hidden(self, ids, places)
+        losses = _losses(self, hidden, positions, targets)
         return {"losses": losses} if each else {"loss": losses.sum()}
 
     causal_lm.forward = MethodType(forward, causal_lm)
 
 
-def _losses(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None, positions: torch.Tensor,
-            targets: torch.Tensor) -> torch.Tensor:
-    rows = _hidden(causal_lm, input_ids, places).flatten(0, 1).index_select(0, positions)
+def _losses(causal_lm: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    rows = hidden.flatten(0, 1).index_select(0, positions)
     weight = _weight(causal_lm)
     # Under autocast the last norm may hand on fp32.
     return rows_cross_entropy(rows.to(weight.dtype), weight, targets, **after_product(causal_lm))
@@ -57,6 +61,15 @@ def _hidden(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None
     # takes its fastest path.
     where = {} if places is None else {"position_ids": places}
     return causal_lm.get_decoder()(input_ids=input_ids, attention_mask=None, use_cache=False, **where).last_hidden_state
+
+
+def _hidden_of_pictures(causal_lm: Any, input_ids: torch.Tensor, seen: Mapping[str, Any]) -> torch.Tensor:
+    """By the model around the decoder, which puts pictures in their places and lets their parts see each other."""
+    whole = causal_lm.model
+    hidden = whole(input_ids=input_ids, attention_mask=None, use_cache=False, **seen, **{AS_MASKED: True})
+    if hasattr(whole, "rope_deltas"):
+        whole.rope_deltas = None  # by which Qwen's answers to the next prompt would go on from these rows
+    return hidden.last_hidden_state
 
 
 def _weight(causal_lm: Any) -> torch.Tensor:

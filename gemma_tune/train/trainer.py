@@ -22,6 +22,7 @@ from trl import SFTTrainer
 from gemma_tune.base.files import os_errors, remove
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.lora.layers import trained_weights
 from gemma_tune.train import processes
 from gemma_tune.train.adamw import AdamWAsOne
@@ -42,6 +43,7 @@ from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import not_compiled
 from gemma_tune.train.late import LateFigures
+from gemma_tune.train.looking import Shown
 from gemma_tune.train.summed_loss import install_summed_loss
 
 T = TypeVar("T")
@@ -61,11 +63,13 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         micro_batch: rows that go through the model at once; a batch is worked on in such pieces.
         rate: the learning rate of a step, from 0 on, as a share of the peak.
         row_names: how an error names training sequences, by their numbers.
+        shown: pictures of the training, where it has any.
     """
 
     def __init__(self, *args: Any, training: Training, lengths: tuple[Sequence[int], Sequence[int]],
                  trained: tuple[Sequence[int], Sequence[int]], micro_batch: int, listener: Listener,
-                 rate: Callable[[int], float], row_names: RowNames = by_number, **kwargs: Any):
+                 rate: Callable[[int], float], row_names: RowNames = by_number, shown: Shown | None = None,
+                 **kwargs: Any):
         self.sharded = _stay_in_shards(kwargs["model"])
         super().__init__(*args, **kwargs)
         # Gradients are summed over the processes once a step, see Gradients; DDP would do so while they are computed,
@@ -74,7 +78,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
             parameter.data = parameter.data.float()
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
-        self.rate, self.trained, self.row_names = rate, trained, row_names
+        self.rate, self.trained, self.row_names, self.shown = rate, trained, row_names, shown
         self.tokens_seen = 0  # of all processes, in the steps of this command
         self.in_step, self.compiled = self.sharded, False
         on_gpu = self.accelerator.device.type == "cuda"
@@ -130,7 +134,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         positions, targets = trained_positions(inputs["labels"])
         ids, positions, targets = (t.to(model.device, non_blocking=True)
                                    for t in (inputs["input_ids"], positions, targets))
-        return model(input_ids=ids, positions=positions, targets=targets)["loss"]
+        seen = {"seen": inputs["seen"]} if "seen" in inputs else {}
+        return model(input_ids=ids, positions=positions, targets=targets, **seen)["loss"]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward pass of one batch on the CPU, in pieces that fit the memory.
@@ -181,14 +186,21 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def _piecewise_step(self, model, inputs, count: int) -> None:
         for part in self._pieces(inputs):
-            if self.captured is None or not self.captured.run(part, *self.weights(count)):
+            if not self.replayed(self.captured, part, *self.weights(count)):
                 self.with_room(functools.partial(self._eager_step, model, part, count))
 
     def _eager_step(self, model, part, count: int) -> None:
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, part, num_items_in_batch=count)
-        self.accelerator.backward(loss)
+        # What is compiled does not know the masks of pictures, and would be compiled anew for them.
+        with not_compiled(self.model) if self.compiled and "seen" in part else contextlib.nullcontext():
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, part, num_items_in_batch=count)
+            self.accelerator.backward(loss)
         self.gradients.loss += loss.detach()
+
+    @staticmethod
+    def replayed(captured: CapturedSteps | None, part: dict[str, Any], *weights: float) -> bool:
+        """Whether a captured step has worked on the piece, which none does that has pictures."""
+        return captured is not None and "seen" not in part and captured.run(part, *weights)
 
     def with_room(self, work: Callable[[], T]) -> T:
         """Work on a piece that is too rare to be captured, and add to gradients and sums. Where the memory that
@@ -228,7 +240,13 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         parts = list(self.split(batch, self.micro_batch))
         if self.sharded:  # in each pass the processes gather every layer from each other, so all make as many
             parts += [self.collate([])] * (processes.most(len(parts)) - len(parts))
-        return parts
+        return list(map(self.with_sight, parts))
+
+    def with_sight(self, part: dict[str, Any]) -> dict[str, Any]:
+        """A piece with what is seen in its pictures, as ``seen``; one without any is left as it is."""
+        if self.shown is None or PICTURES not in part:
+            return part
+        return part | {"seen": self.shown.inputs(part["input_ids"], part[PICTURES], self.accelerator.device)}
 
     def _halve_micro_batch(self, rows: int) -> None:
         gc.collect()
@@ -330,7 +348,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         with self.evaluating():
             for batch in loader(self.eval_dataset, batches, self.accelerator):
                 for part in self._pieces(batch):
-                    if self.captured_evaluation is None or not self.captured_evaluation.run(part, 1.0):
+                    if not self.replayed(self.captured_evaluation, part, 1.0):
                         losses.append(self.with_room(functools.partial(self._summed_loss, self.model, part)))
                     count += trained_count(part["labels"])
         losses.append(self.gradients.loss)  # of what was captured

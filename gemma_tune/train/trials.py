@@ -29,6 +29,7 @@ from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.halving import Candidate, Costs
 from gemma_tune.train.job import Job, make_trainer, sequences_of_a_row
 from gemma_tune.train.late import LateFigures
+from gemma_tune.train.looking import Shown
 from gemma_tune.train.memory import BatchChoice, out_of_memory
 from gemma_tune.train.plan import rate_at, steps_per_epoch, total_steps
 from gemma_tune.train.startup import Startup
@@ -100,13 +101,15 @@ class Trials:
         rows: training and validation sequences.
         start: directory of the adapter that each candidate starts from; None where that is zero.
         told: is called after each step.
+        shown: pictures of the rows, where they have any.
     """
 
     def __init__(self, session: Session, model: Any, chat: ChatFormat, rows: tuple[Any, Any], placement: Placement,
-                 choice: BatchChoice, start: Path | None, stop: StopTrial, told: Callable[[], None]):
+                 choice: BatchChoice, start: Path | None, stop: StopTrial, told: Callable[[], None],
+                 shown: Shown | None = None):
         self.session, self.model, self.chat, self.rows = session, model, chat, rows
         self.placement, self.choice, self.stop, self.log = placement, choice, stop, TrialLog(told)
-        self.start = start
+        self.start, self.shown = start, shown
         self.steps = total_steps(len(rows[0]) // sequences_of_a_row(session.config), session.config)
         self.base_loss = math.nan
         self._trainer: Any = None
@@ -207,7 +210,8 @@ class Trials:
         session = replace(self.session, resolved=self.session.resolved.but({"rank": rank}, {}))
         job = Job(session, Training("", "", {}, ""), None, self.start, self.placement, self.choice, [], Startup())
         callbacks = self.log, self.stop
-        self._trainer = trainer = make_trainer(job, self.model, self.chat, *self.rows, self.steps, callbacks)
+        self._trainer = trainer = make_trainer(job, self.model, self.chat, *self.rows, self.steps, callbacks,
+                                                self.shown)
         # Nothing is written of a trial, and nobody else is told of it.
         ours = (DefaultFlowCallback, TrialLog, StopTrial)
         trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ours)]

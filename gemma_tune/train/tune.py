@@ -39,6 +39,7 @@ from gemma_tune.train.job import (
     sizes_of,
     with_batch_size,
 )
+from gemma_tune.train.looking import Shown, look, refuse_what_cannot_be_seen, shown_in
 from gemma_tune.train.memory import BatchChoice, refuse_what_does_not_fit
 from gemma_tune.train.method import with_method
 from gemma_tune.train.start import start_folder, with_start
@@ -92,6 +93,7 @@ class _Job:
     choice: BatchChoice
     candidates: Sequence[Candidate]
     chat: ChatFormat
+    shown: Shown | None
     started: float
 
 
@@ -112,10 +114,13 @@ def _job(session: Session, asked: Session, settings: TuneConfig, started: float)
                         "name two or more: --learning-rates 1e-4,2e-4, or --ranks 8,16")
     placement = choose_placement(session.config.dtype)
     largest = session.resolved.but({"rank": max(c.rank for c in candidates)}, {})
-    _, choice = fit(replace(session, resolved=largest), sizes, placement, start=start)
+    shape, choice = fit(replace(session, resolved=largest), sizes, placement, start=start)
     refuse_what_does_not_fit(choice, session.config, sizes[0].longest, session.listener)
     rows = train_rows, _some(valid_rows, settings.valid_sequences, sequences_of_a_row(session.config))
-    return _Job(session, asked, settings, rows, placement, choice, candidates, chat_format_of(session), started)
+    chat = chat_format_of(session)
+    shown = shown_in(session, chat, rows, placement)
+    refuse_what_cannot_be_seen(shown, session, shape, choice)
+    return _Job(session, asked, settings, rows, placement, choice, candidates, chat, shown, started)
 
 
 def _by_one_process(session: Session) -> Session:
@@ -172,15 +177,18 @@ def _search(job: _Job, tuning: Tuning) -> None:
     session = replace(session, model=with_weights(session.model, session.listener))
     sound = checked_beside(session.model)
     try:
-        model = load_model(session.model.path, job.placement, four_bit=session.config.qlora)
+        model = load_model(session.model.path, job.placement, four_bit=session.config.qlora,
+                           sight=job.shown.sight if job.shown else "none")
     finally:
         sound.result()
+    if job.shown:
+        look(job.shown, model, session.listener)
     stop = StopTrial(session.listener)
     progress = _Progress(session.listener)
     with tempfile.TemporaryDirectory() as scratch:  # which the library makes a folder for checkpoints in
         apart = replace(session, run=RunDir(Path(scratch), session.run.model_name))
         trials = Trials(apart, model, job.chat, job.rows, job.placement, job.choice,
-                        start_folder(session), stop, progress.step)
+                        start_folder(session), stop, progress.step, job.shown)
         with trials, stop:
             _climb(job, tuning, trials, progress)
     tuning.ended = True

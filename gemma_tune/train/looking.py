@@ -1,0 +1,211 @@
+"""A training's pictures: each is looked at once, before the first step, and what was seen is kept in files of the run.
+
+What sees does not learn here, so that a picture is the same in each epoch, and what sees it need not be in memory
+while the text model learns.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.answers.sight import Seen, beside
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import counted, first_line, gigabytes
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.eye import Eye, blindness, size_of
+from gemma_tune.encoding.tokens import pictured, pictures_in
+from gemma_tune.models.towers import blinded
+from gemma_tune.run.directory import RunDir, command
+from gemma_tune.run.session import Session
+from gemma_tune.train import processes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedModel
+
+    from gemma_tune.models.load import Sight
+    from gemma_tune.models.placement import Placement
+    from gemma_tune.train.memory import BatchChoice
+    from gemma_tune.train.shape import ModelShape
+
+_SPARE = 100_000_000  # bytes that stay free on the disk
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures of a training.
+
+    Attributes:
+        names: of their files, each once.
+        pictured: which sequences of the training, and of the validation, have any (bool).
+        eye: what they are prepared with.
+        seen: what was seen in them, as far as they were looked at.
+        run: whose they are.
+    """
+
+    names: list[str]
+    pictured: tuple[np.ndarray, np.ndarray]
+    eye: Eye
+    seen: Seen
+    run: RunDir
+
+    def inputs(self, ids: torch.Tensor, names: Sequence[Sequence[str]], device: torch.device) -> dict[str, Any]:
+        """What the model is given beside rows of ids (rows, length) on the CPU, of which these are the pictures."""
+        return beside(self.seen, self.eye, ids, names, device)
+
+    @property
+    def unseen(self) -> list[str]:
+        """Names of those that were not looked at yet."""
+        return self.seen.lacks(self.names)
+
+    @cached_property
+    def share(self) -> list[str]:
+        """Those of them that this process is to look at."""
+        here = processes.place()
+        # Of all: which of them others have looked at by now is another list in each process.
+        return self.seen.lacks(self.names[here.rank::here.count])
+
+    @property
+    def sight(self) -> Sight:
+        """What this process loads the model with."""
+        return "towers" if self.share else "features"
+
+
+def shown_in(session: Session, chat: ChatFormat, rows: tuple[Any, Any], placement: Placement) -> Shown | None:
+    """The pictures of a training's and its validation's sequences; None where they have none.
+
+    Raises:
+        UserError: the model cannot see them any more.
+    """
+    names = list(dict.fromkeys(name for side in rows for name in pictures_in(side)))
+    if not names:
+        return None
+    model, run = session.model, session.run
+    if chat.eye is None:
+        raise UserError(f"the prepared rows have pictures, and {blindness(model.path, chat.tokenizer)}",
+                        f"prepare them again: {_again(run)}")
+    chat.eye.folder = run.pictures
+    seen = Seen(run.seen, chat.eye, model.fingerprint, f"{placement.dtype}".removeprefix("torch."))
+    return Shown(names, (pictured(rows[0]), pictured(rows[1])), chat.eye, seen, run)
+
+
+def _again(run: RunDir) -> str:
+    return command("prepare", run.root, "--force")
+
+
+# ---- before any work -------------------------------------------------------------------------------------------------
+
+def refuse_what_cannot_be_seen(shown: Shown | None, session: Session, shape: ModelShape, choice: BatchChoice) -> None:
+    """Before weights are loaded: whether all pictures can be looked at, and what is seen in them be kept.
+
+    Raises:
+        UserError: a picture is gone or damaged, the model is to be divided among processes, or what sees does not fit
+            the memory beside it.
+        WorkFailed: the disk is too full.
+    """
+    if shown is None:
+        return
+    if session.config.shards > 1:
+        raise UserError("--strategy fsdp does not go with pictures: what sees them is not divided among processes",
+                        "leave --strategy out; --qlora keeps the weights in 4 bits instead")
+    if not (unseen := shown.unseen):
+        return
+    _refuse_full_disk(shown, unseen, shape)
+    towers = tower_bytes(session.model.path, shape.item)
+    if choice.memory.weights + towers > choice.available:
+        raise UserError(f"to look at pictures the model needs {gigabytes(choice.memory.weights + towers)} of memory "
+                        f"for its weights, {gigabytes(towers)} of them for what it sees with, and "
+                        f"{gigabytes(choice.available)} are available", "take a smaller model, or close other programs")
+
+
+def _refuse_full_disk(shown: Shown, unseen: Sequence[str], shape: ModelShape) -> None:
+    deep = len(shown.eye.config["vision_config"].get("deepstack_visual_indexes") or ())
+    tokens = sum(map(_tokens_of(shown), unseen))
+    need, free = tokens * shape.hidden * shape.item * (1 + deep), shutil.disk_usage(shown.run.root).free
+    if need + _SPARE > free:
+        raise WorkFailed(f"what is seen in {counted(len(unseen), 'picture')} takes {gigabytes(need)}, and "
+                         f"{gigabytes(free)} are free on the disk of {shown.run.root}",
+                         "free some space, or work on another disk with --run DIR; nothing was changed")
+
+
+def _tokens_of(shown: Shown) -> Any:
+    def tokens(name: str) -> int:
+        path = shown.run.pictures / name
+        try:
+            path.stat()  # sizes are remembered, also of what is gone by now
+            size = size_of(path)
+        except OSError as e:
+            raise _unreadable(shown.run, path, e) from e
+        return shown.eye.written(size).count(shown.eye.tokens.soft)
+
+    return tokens
+
+
+def _unreadable(run: RunDir, path: Path, error: OSError) -> UserError:
+    what = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read: {first_line(error)}"
+    return UserError(f"{path} {what}, and prepared rows show it",
+                     f"prepare them again, where their pictures are: {_again(run)}")
+
+
+def tower_bytes(checkpoint: Path, item: int) -> int:
+    """What a model sees with takes so many bytes, with numbers of ``item`` bytes; the weights need not be there."""
+    import torch
+    from transformers import AutoModel
+
+    from gemma_tune.models.known import known_config
+
+    with torch.device("meta"):
+        tower = AutoModel.from_config(known_config(checkpoint).vision_config)
+    return item * sum(p.numel() for p in tower.parameters())
+
+
+def described(shown: Shown, checkpoint: Path, item: int) -> str:
+    """What there is to look at, in a line."""
+    unseen = len(shown.unseen)
+    if not unseen:
+        return f"{counted(len(shown.names), 'picture')}, all looked at before"
+    return (f"{counted(len(shown.names), 'picture')}, {unseen:,} of them to be looked at, once, before the first step; "
+            f"what sees takes {gigabytes(tower_bytes(checkpoint, item))} for that")
+
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+
+def look(shown: Shown, model: PreTrainedModel, listener: Listener) -> PreTrainedModel:
+    """Look at this process's share of the pictures, wait until all are done, and free what saw them.
+
+    What was looked at is kept: after an interruption it goes on from there.
+
+    Args:
+        model: loaded with :attr:`Shown.sight`.
+
+    Raises:
+        UserError: a picture cannot be read, or the processes do not see each other's files.
+        WorkFailed: what was seen cannot be kept.
+    """
+    import torch
+
+    processes.wait_for_all()  # the main one has found out by now whether the weights are whole
+    if names := shown.share:
+        for done, name in enumerate(names, start=1):
+            try:
+                shown.seen.look(model.eval(), [name], lambda _: None)
+            except OSError as e:
+                raise _unreadable(shown.run, shown.run.pictures / name, e) from e
+            listener.progress("looking at pictures", done, len(names))
+        blinded(model)
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    processes.wait_for_all()
+    if missing := shown.unseen:
+        raise UserError(f"what another process saw in {missing[0]} is not in {shown.seen.folder}",
+                        "let the run's directory lie where all machines of the training reach it")
+    return model

@@ -1,0 +1,281 @@
+"""``train`` and ``tune`` on rows with pictures: each is looked at once, and answers come to depend on what is seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file
+from train.test_captured_units import same_figures
+from train.test_captured_whole import as_on_a_gpu  # noqa: F401 - a fixture
+
+from gemma_tune.answers import sight
+from gemma_tune.encoding.eye import size_of
+from gemma_tune.train import looking
+from gemma_tune.train.trainer import GemmaTrainer
+from support.command import MANIFEST_SCHEMA
+from support.graphs import Graph
+from support.models import make_seeing
+from support.shown import COLOURS, begun, kept, plain, prepare, row
+from support.training import stop_at
+
+RUN = Path("runs/seer")
+QUICK = ("--dtype", "fp32", "--rank", 8, "--learning-rate", 5e-3, "--samples", 0)
+SHORT = (*QUICK, "--epochs", 2)
+LAST = 14  # steps of the short training
+PICTURES = 28
+
+
+@pytest.fixture(scope="session")
+def seer(tmp_path_factory) -> Path:
+    """A random Gemma 3 that sees."""
+    return make_seeing(tmp_path_factory.mktemp("seer") / "seer")
+
+
+@pytest.fixture(scope="session")
+def coloured_once(seer, tmp_path_factory) -> Path:
+    """A run of questions for the colour of a picture, and some of text."""
+    run = begun(seer, tmp_path_factory.mktemp("coloured") / "run")
+    names = {(c, n): kept(run, plain(c, n)) for c in COLOURS for n in range(7)}
+    text = [row("It is four.", question=f"What is {n} and two?") for n in range(4)]
+    return prepare(seer, run, [row(c, names[c, n]) for n in range(6) for c in COLOURS] + text,
+                   [row(c, names[c, 6]) for c in COLOURS])
+
+
+@pytest.fixture
+def coloured(coloured_once, seer) -> Path:
+    """A run of one's own, and its model where its manifest looks for it."""
+    size_of.cache_clear()  # the same paths lead to other files in each test
+    shutil.copytree(seer, Path("seer"))
+    shutil.copytree(coloured_once, RUN)
+    manifest = json.loads((RUN / "manifest.json").read_text())
+    manifest["model"]["path"] = "../../seer"
+    (RUN / "manifest.json").write_text(json.dumps(manifest))
+    return RUN
+
+
+@pytest.fixture
+def looked(monkeypatch) -> list[str]:
+    """Names of the pictures that are looked at from here on."""
+    found, see = [], sight.see
+    monkeypatch.setattr(sight, "see", lambda model, eye, name: found.append(name) or see(model, eye, name))
+    return found
+
+
+def adapter(run: Path = RUN) -> dict[str, torch.Tensor]:
+    return load_file(next(run.glob("*_lora_adapter")) / "adapter_model.safetensors")
+
+
+def log(run: Path = RUN) -> list[dict]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_answer_comes_to_depend_on_the_picture(cli, coloured, looked, monkeypatch):
+    """Of four colours nothing but the picture tells which; in validation it is another picture. Each is looked at once, and
+    what sees is gone before the first step."""
+    towers, step = [], GemmaTrainer.training_step
+
+    def watched(self, *args, **how):
+        towers.append(sum(p.numel() for name, p in self.model.named_parameters() if "vision" in name or "projector" in name))
+        return step(self, *args, **how)
+
+    monkeypatch.setattr(GemmaTrainer, "training_step", watched)
+    done = cli("train", *QUICK, "--epochs", 10, "--json")
+    assert done.code == 0, done.err
+    summary = done.json["summary"]
+    assert summary["eval_loss_before"] > 5 and summary["eval_loss_after"] < 0.2, "ln 4 / 2 = 0.69 without looking"
+    assert len(looked) == len({*looked}) == summary["pictures"] == PICTURES
+    assert "28 pictures, 28 of them to be looked at, once, before the first step" in done.err
+    assert summary["startup_seconds"]["pictures"] > 0 and " pictures " in done.err
+    assert len(towers) > 60 and not any(towers)
+    jsonschema.validate(json.loads((RUN / "manifest.json").read_text()), MANIFEST_SCHEMA)
+    assert len(list((RUN / "seen").glob("*/*.safetensors"))) == PICTURES
+    first = adapter()
+    again = cli("train", *QUICK, "--epochs", 10, "--force", "--json")
+    assert again.code == 0, again.err
+    assert len(looked) == PICTURES and "28 pictures, all looked at before" in again.err
+    assert equal(first, adapter())
+    shutil.rmtree(RUN / "seen")
+    assert cli("train", *SHORT, "--force").code == 0
+    assert len(looked) == 2 * PICTURES, "what was seen can be deleted"
+
+
+def test_with_other_pictures_it_is_not_learned(cli, coloured):
+    """What the test above tells by its loss."""
+    names = [path.name for path in sorted((RUN / "data" / "pictures").iterdir())]
+    prepare(Path("seer"), RUN, [row(c, names[0]) for c in COLOURS] * 6, [row(c, names[0]) for c in COLOURS])
+    done = cli("train", *QUICK, "--epochs", 10, "--json")
+    assert done.code == 0, done.err
+    assert done.json["summary"]["eval_loss_after"] > 0.6
+
+
+def test_rows_of_text_go_without_all_this(cli, coloured, monkeypatch):
+    monkeypatch.setattr(looking, "look", lambda *_: pytest.fail("it looked"))
+    text = [row(f"It is {n}.", question=f"What is {n} and nothing?") for n in range(6)]
+    prepare(Path("seer"), RUN, text, text[:2])
+    done = cli("train", *SHORT, "--json")
+    assert done.code == 0, done.err
+    assert "pictures" not in done.json["summary"] and not (RUN / "seen").exists() and "picture" not in done.err
+
+
+@pytest.mark.parametrize("flags", [("--dora",), ("--qlora",), ("--dropout", 0.2), ("--activation-checkpointing",), ("--compile",)],
+                         ids=lambda flags: flags[0])
+def test_in_every_way_it_is_learned(cli, coloured, flags):
+    done = cli("train", *QUICK, "--epochs", 10, *flags, "--json")
+    assert done.code == 0, done.err
+    assert done.json["summary"]["eval_loss_after"] < 0.3
+
+
+def test_pieces_of_a_batch_teach_the_same(cli, coloured):
+    assert cli("train", *SHORT, "--micro-batch", 4).code == 0
+    whole = adapter()
+    for flags in (("--micro-batch", 1), ("--micro-batch", 3, "--activation-checkpointing")):
+        assert cli("train", *SHORT, *flags, "--force").code == 0
+        assert all((adapter()[name] - whole[name]).norm() < 1e-4 * whole[name].norm() for name in whole)
+
+
+def test_a_training_goes_on_as_if_it_had_not_stopped(cli, coloured, looked, monkeypatch):
+    assert cli("train", *SHORT).code == 0
+    whole = adapter()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        stopped = cli("train", *SHORT, "--force")
+        assert stopped.code == 130, stopped.err
+    done = cli("train", *SHORT, "--json")
+    assert done.code == 0, done.err
+    assert done.json["summary"]["resumed_from_step"] == 5 and equal(whole, adapter())
+    longer = cli("train", *QUICK, "--epochs", 4, "--continue", "--json")
+    assert longer.code == 0, longer.err
+    assert longer.json["summary"]["steps"] == 2 * LAST and longer.json["summary"]["pictures"] == PICTURES
+    assert len(looked) == PICTURES
+
+
+def test_looking_that_was_interrupted_goes_on(cli, coloured, looked, monkeypatch):
+    see = sight.see
+
+    def stops(model, eye, name):
+        if len(looked) == 9:
+            raise KeyboardInterrupt
+        return see(model, eye, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sight, "see", stops)
+        assert cli("train", *SHORT).code == 130
+    assert len(looked) == 9
+    done = cli("train", *SHORT)
+    assert done.code == 0, done.err
+    assert "28 pictures, 19 of them to be looked at" in done.err
+    assert len(looked) == len({*looked}) == PICTURES
+
+
+def test_tune_looks_once_and_does_what_train_would(cli, coloured, looked):
+    done = cli("tune", "--learning-rates", "1e-5,5e-3", "--ranks", 8, "--dtype", "fp32", "--minutes", 5, "--json")
+    assert done.code == 0, done.err
+    assert done.json["summary"]["learning_rate"] == 5e-3
+    losses = {trial["learning_rate"]: trial["eval_loss"] for trial in done.json["summary"]["trials"]}
+    assert losses[5e-3] < 2 < losses[1e-5]
+    assert len(looked) == PICTURES
+    assert cli("train", "--config", RUN / "tune.yaml", "--dtype", "fp32").code == 0
+    assert len(looked) == PICTURES
+
+
+def test_two_processes_look_at_half_of_them_each(cli, coloured, forks):
+    flags = (*SHORT, "--batch-size", 2)
+    done = forks.run("train", "--run", RUN, *flags, "--num-processes", 2, "--json")
+    assert done.code == 0, done.err
+    assert len(list((RUN / "seen").glob("*/*.safetensors"))) == PICTURES
+    both, figures = adapter(), log()
+    alone = cli("train", *flags, "--accumulation", 2, "--num-processes", 1, "--force")
+    assert alone.code == 0, alone.err
+    assert [r["loss"] for r in log() if "loss" in r] == pytest.approx([r["loss"] for r in figures if "loss" in r], rel=1e-4)
+    assert all((adapter()[name] - both[name]).norm() < 1e-3 * both[name].norm() for name in both)
+
+
+def test_a_picture_that_one_process_cannot_read_ends_both(coloured, forks):
+    """It was whole when the main one looked, so to speak: its size can be read, its points cannot."""
+    for path in (RUN / "data" / "pictures").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    done = forks.run("train", "--run", RUN, *SHORT, "--num-processes", 2, "--json")
+    assert done.code == 2, done.err
+    assert done.err.count("Error: ") == 1 and "cannot be read" in done.err and "Traceback" not in done.err
+
+
+# ---- what cannot be --------------------------------------------------------------------------------------------------
+
+def test_the_model_is_not_divided_where_there_are_pictures(coloured, forks):
+    done = forks.run("train", "--run", RUN, *SHORT, "--num-processes", 2, "--strategy", "fsdp", "--json")
+    assert done.code == 2 and "--strategy fsdp does not go with pictures" in done.err and "Hint: leave --strategy out" in done.err
+
+
+@pytest.mark.parametrize("what", ["one", "all", "damaged"])
+def test_pictures_that_are_gone(cli, coloured, what):
+    folder = RUN / "data" / "pictures"
+    first = sorted(folder.iterdir())[0]
+    if what == "one":
+        first.unlink()
+    elif what == "all":
+        shutil.rmtree(folder)
+    else:
+        first.write_bytes(b"no picture")
+    for flags in (("--dry-run",), ()):
+        done = cli("train", *SHORT, *flags)
+        assert done.code == 2 and "Traceback" not in done.err, done.err
+        assert f"{folder}/" in done.err and ("cannot be read" if what == "damaged" else "is gone") in done.err
+        assert "prepare --run runs/seer --force" in done.err
+    assert not (RUN / "seen").exists()
+
+
+def test_pictures_that_were_looked_at_need_not_be_there(cli, coloured):
+    assert cli("train", *SHORT).code == 0
+    shutil.rmtree(RUN / "data" / "pictures")
+    done = cli("train", *SHORT, "--force")
+    assert done.code == 0, done.err
+
+
+def test_a_disk_without_room_for_what_is_seen(cli, coloured, monkeypatch):
+    """28 pictures of 4 tokens of 64 numbers in fp32."""
+    need = PICTURES * 4 * 64 * 4
+    for free, code in ((looking._SPARE + need - 1, 1), (looking._SPARE + need, 0)):
+        monkeypatch.setattr(looking.shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(1, 1, free))
+        done = cli("train", *SHORT)
+        assert done.code == code, done.err
+        assert ("what is seen in 28 pictures takes" in done.err) == bool(code) == ("free some space" in done.err)
+
+
+def test_memory_that_does_not_hold_what_sees_is_told_before(cli, coloured, monkeypatch):
+    monkeypatch.setattr(looking, "tower_bytes", lambda checkpoint, item: 1 << 50)
+    done = cli("train", *SHORT)
+    assert done.code == 2 and "to look at pictures the model needs" in done.err and "1,1" in done.err
+
+
+def test_a_plan_says_how_many_there_are_to_look_at(cli, coloured):
+    plan = cli("train", *SHORT, "--dry-run", "--json")
+    assert plan.code == 0, plan.err
+    assert plan.json["pictures"].startswith("28 pictures, 28 of them to be looked at")
+    assert not (RUN / "seen").exists()
+    assert "28 pictures, 28 of them" in cli("train", *SHORT, "--dry-run").err
+
+
+# ---- as on a GPU -----------------------------------------------------------------------------------------------------
+
+def test_what_has_pictures_is_not_captured_and_the_rest_is(cli, coloured, request, looked):
+    """Batches of both kinds: the same figures as without captured steps."""
+    names = sorted(path.name for path in (RUN / "data" / "pictures").iterdir())
+    words = [row(f"It is {n}.", question=f"What is {n} and nothing, please? " + "And so on. " * 3) for n in range(24)]
+    prepare(Path("seer"), RUN, [row(c, n) for c, n in zip([*COLOURS] * 3, names)] + words, words[:6] + [row("red", names[0])])
+    flags = ("train", *QUICK, "--epochs", 3, "--force")
+    assert cli(*flags).code == 0
+    expected = log()
+    request.getfixturevalue("as_on_a_gpu")
+    done = cli(*flags)
+    assert done.code == 0, done.err
+    assert "cannot be captured" not in done.err and Graph.replays > 10
+    same_figures(expected, log())

@@ -1,0 +1,125 @@
+"""Rows with pictures are learned: the loss and its gradient are those of the whole model that looks at them itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from answers.test_eyes import _OF_PICTURES, FAMILIES, pictures, seers  # noqa: F401 - fixtures
+from peft import LoraConfig, get_peft_model
+
+from gemma_tune.answers.sight import Seen
+from gemma_tune.encoding.eye import PICTURES, eye_of
+from gemma_tune.encoding.tokenizer import load_tokenizer
+from gemma_tune.lora.layers import target_modules
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
+from gemma_tune.train.batches import collate
+from gemma_tune.train.kernels import fast_layers
+from gemma_tune.train.loss import IGNORE_INDEX
+from gemma_tune.train.summed_loss import install_summed_loss
+from gemma_tune.train.trainer import GemmaTrainer
+
+FP32 = Placement("cpu", torch.float32, "test")
+
+
+def adapted(model, dropout: float = 0.0):
+    """With an adapter that does something, the same for models that call their layers the same."""
+    torch.manual_seed(1)
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_dropout=dropout, target_modules=target_modules(model, ())))
+    generator = torch.Generator().manual_seed(2)
+    for _, parameter in sorted((n, p) for n, p in tuned.named_parameters() if p.requires_grad):
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return tuned.train()
+
+
+class Rows:
+    """Rows of a family, some with pictures, and its models: ``tuned`` learns from what was seen, ``whole`` looks."""
+
+    def __init__(self, folder, place):
+        self.tokenizer, self.folder = load_tokenizer(folder), folder
+        self.eye = eye_of(folder, self.tokenizer, place)
+        self.seen = Seen(place / "seen", self.eye, "fingerprint", "float32")
+        self.whole = load_model(folder, FP32, sight="towers").eval()
+        self.seen.look(self.whole, ["0.png", "1.png", "2.png"], lambda done: None)
+
+    def row(self, *names: str, words: str = "one two three") -> dict:
+        text = self.eye.shown("".join(f"one {self.eye.place} two" for _ in names) + words, names)
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        labels[-5:] = ids[-5:]
+        return {"input_ids": ids, "labels": labels, PICTURES: list(names)}
+
+    def batch(self, rows: list[dict]) -> dict:
+        made = collate(rows)
+        if PICTURES not in made:
+            return made
+        from gemma_tune.answers.sight import beside
+
+        return made | {"seen": beside(self.seen, self.eye, made["input_ids"], made[PICTURES])}
+
+    def tuned(self, **how):
+        model = adapted(load_model(self.folder, FP32, sight="features"), **how)
+        install_summed_loss(model.get_base_model())
+        return model
+
+
+@pytest.fixture
+def of(seers, pictures):  # noqa: F811
+    return lambda family: Rows(seers(family), pictures)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+def learned(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = GemmaTrainer._summed_loss(model, batch)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert got.keys() == expected.keys()
+    a, b = (torch.cat([found[name].flatten() for name in sorted(found)]) for found in (got, expected))
+    assert (a - b).norm() < tolerance * b.norm() and b.norm() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_it_is_learned_as_by_the_model_that_looks_itself(of, family, recomputed):
+    """With our layers and attention in place, against transformers' own pass over pixels, labels included."""
+    rows = of(family)
+    row = rows.row("0.png")
+    whole = adapted(rows.whole)
+    ids = row["input_ids"][None]
+    marks = {rows.eye.marks: (ids == rows.eye.soft_id).long()} if rows.eye.marks else {}
+    shown = {key: value for key, value in rows.eye.inputs("0.png").items() if key in _OF_PICTURES}
+    theirs = whole(input_ids=ids, labels=row["labels"][None], attention_mask=torch.ones_like(ids), **marks, **shown).loss
+    (theirs * 5).backward()
+    expected = {name: grad for name, grad in gradients(whole).items()}
+    tuned = rows.tuned()
+    if recomputed:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with fast_layers(tuned):
+        ours, found = learned(tuned, rows.batch([row]))
+    assert ours == pytest.approx(5 * theirs.item(), rel=1e-5)
+    same(found, expected, 1e-4)
+    with fast_layers(tuned):
+        other, _ = learned(tuned, rows.batch([row | {PICTURES: ["2.png"]}])) if family == "gemma3" else (None, None)
+    assert other is None or abs(other - ours) > 1e-3, "the picture matters"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_batch_are_as_alone(of, family):
+    """Of several pictures, of one and of none, padded to the longest."""
+    rows = of(family)
+    records = [rows.row("0.png", "1.png"), rows.row(words="no picture, and few words"), rows.row("2.png", words="one")]
+    tuned = rows.tuned()
+    with fast_layers(tuned):
+        alone = [learned(tuned, rows.batch([record])) for record in records]
+        loss, found = learned(tuned, rows.batch(records))
+    assert loss == pytest.approx(sum(one for one, _ in alone), rel=1e-5)
+    same(found, {name: sum(grads[name] for _, grads in alone) for name in found}, 1e-4)
