@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,11 @@ from gemma_tune.lora.patterns import refuse_endless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from gemma_tune.lora.files import Adapter
+
+_OF_TEXT, _WITH_SIGHT = "model.", "model.language_model."
+_NAMES = ("target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
 def import_peft() -> None:
@@ -56,7 +62,8 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
     Raises:
         UserError: the adapter is missing, damaged, may not be read, or does not fit this model.
     """
-    config = read_adapter(adapter).config
+    described = read_adapter(adapter)
+    config, renames = _as_named_in(model, described)
     refuse_endless(adapter, config, (name for name, _ in model.named_modules()))
     import_peft()
     from peft import LoraConfig, PeftModel
@@ -69,7 +76,7 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         if vocabulary:
             _resize(model, vocabulary)
         tuned = PeftModel.from_pretrained(model, str(adapter), config=LoraConfig(**for_peft(config)),
-                                          autocast_adapter_dtype=dora).eval()
+                                          autocast_adapter_dtype=dora, **renames).eval()
     except Exception as e:  # noqa: BLE001 - in as many ways as settings and tensors can miss a model
         if is_out_of_memory(e):
             raise
@@ -79,6 +86,31 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         settle(tuned)
     install(tuned)
     return tuned
+
+
+def _as_named_in(model: PreTrainedModel, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An adapter's settings with the layers' names in this model, and how PEFT is to rename its tensors.
+
+    Families with a class of their own for text alone (Qwen 3.5) call the same layers otherwise in the class that also
+    takes pictures, and an adapter is for both, whichever it was trained on.
+    """
+    config = adapter.config
+    inside = any(layer.startswith(_WITH_SIGHT) for layer in adapter.layers)
+    if inside == hasattr(getattr(model, "model", None), "language_model"):
+        return config, {}
+    old, new = (_WITH_SIGHT, _OF_TEXT) if inside else (_OF_TEXT, _WITH_SIGHT)
+    if not any(layer.startswith(old) for layer in adapter.layers):
+        return config, {}
+
+    def renamed(names: Any) -> Any:
+        if isinstance(names, dict):
+            return {renamed(name): value for name, value in names.items()}
+        if isinstance(names, list):
+            return [renamed(name) for name in names]
+        return new + names.removeprefix(old) if isinstance(names, str) and names.startswith(old) else names
+
+    changed = {key: renamed(config[key]) for key in _NAMES if key in config}
+    return config | changed, {"key_mapping": {f"^{re.escape(old)}": new}}
 
 
 def _resize(model: PreTrainedModel, vocabulary: int) -> None:

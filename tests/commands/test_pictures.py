@@ -15,12 +15,16 @@ from train.test_captured_whole import as_on_a_gpu  # noqa: F401 - a fixture
 
 from gemma_tune.answers import sight
 from gemma_tune.encoding.eye import size_of
+from gemma_tune.lora.load import add_adapter
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import Placement
 from gemma_tune.train import looking
 from gemma_tune.train.trainer import GemmaTrainer
 from support.command import MANIFEST_SCHEMA
 from support.graphs import Graph
 from support.models import make_seeing
 from support.shown import COLOURS, begun, kept, plain, prepare, row
+from support.towers import make_seer
 from support.training import stop_at
 
 RUN = Path("runs/seer")
@@ -262,6 +266,60 @@ def test_a_plan_says_how_many_there_are_to_look_at(cli, coloured):
     assert plan.json["pictures"].startswith("28 pictures, 28 of them to be looked at")
     assert not (RUN / "seen").exists()
     assert "28 pictures, 28 of them" in cli("train", *SHORT, "--dry-run").err
+
+
+# ---- another class for text ------------------------------------------------------------------------------------------
+
+QWEN = ("{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}"
+        "{% endfor %}{% endif %}<done>\n{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_from_pictures_is_merged_and_answers_in_both_classes(cli, tmp_path, dora):
+    """Qwen 3.5 has a class for text, which calls its layers otherwise; what is learned there is another case."""
+    make_seer("qwen3.5", Path("qwen"))
+    Path("qwen/chat_template.jinja").write_text(QWEN)
+    run = begun(Path("qwen"), Path("runs/qwen"))
+    names = {(c, n): kept(run, plain(c, n)) for c in COLOURS for n in range(2)}
+    prepare(Path("qwen"), run, [row(c, name) for (c, _), name in names.items()], [row("red", names["red", 1])])
+    done = cli("train", "--run", run, *SHORT, "--target-modules", "q_proj,up_proj", "--samples", 1, *(["--dora"] if dora else []))
+    assert done.code == 0, done.err
+    tensors = adapter(run)
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in tensors)
+    merged = cli("merge", "--run", run, "--no-check")
+    assert merged.code == 0, merged.err
+    before, after = load_file("qwen/model.safetensors"), load_file(run / "qwen_lora_merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("model.language_model.") and name.endswith(
+        ("q_proj.weight", "up_proj.weight"))}
+    base = Placement("cpu", torch.float32, "test")
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        expected = load_model(run / "qwen_lora_merged", base).eval()(input_ids=ids).logits
+        folder = run / "qwen_lora_adapter"
+        for kind in ("none", "features"):
+            model = load_model(Path("qwen"), base, sight=kind).eval()
+            plain_logits = model(input_ids=ids).logits
+            logits = add_adapter(model, folder)(input_ids=ids).logits
+            assert (logits - expected).norm() < 0.25 * (logits - plain_logits).norm(), "but for rounding to bf16"
+
+
+def test_an_adapter_from_text_sees(cli, tmp_path):
+    """The other way round: trained on text alone, and asked with pictures."""
+    make_seer("qwen3.5", Path("qwen"))
+    Path("qwen/chat_template.jinja").write_text(QWEN)
+    run = begun(Path("qwen"), Path("runs/qwen"))
+    assert cli("train", "--run", run, *SHORT, "--target-modules", "q_proj,up_proj").code == 0
+    assert all(name.startswith("base_model.model.model.layers.") for name in adapter(run))
+    base, ids = Placement("cpu", torch.float32, "test"), torch.arange(3, 30)[None]
+    with torch.no_grad():
+        logits = [add_adapter(load_model(Path("qwen"), base, sight=kind).eval(), run / "qwen_lora_adapter")(input_ids=ids).logits
+                  for kind in ("none", "features")]
+        plain_logits = load_model(Path("qwen"), base).eval()(input_ids=ids).logits
+    torch.testing.assert_close(*logits)
+    assert (logits[0] - plain_logits).norm() > 0.05 * plain_logits.norm()
 
 
 # ---- as on a GPU -----------------------------------------------------------------------------------------------------
