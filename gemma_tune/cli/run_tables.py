@@ -57,6 +57,9 @@ def show_status(found: Any) -> None:
     for name, size in found.unused_sight.items():
         screen.prose(Text(f"{name} ({small_size(size)}) is what an earlier export saw with, and nothing refers to it "
                           "any more: it can be deleted", style="dim"))
+    if found.seen:
+        screen.prose(Text(f"seen/ ({small_size(found.seen)}) is what the model saw in pictures: it can be deleted at "
+                          "any time, and a training looks at them again", style="dim"))
     for quant, again in found.gone.items():
         screen.prose(Text(f"! {quant} was recommended, and its file is gone; to make it again: {again}",
                           style="yellow"))

@@ -56,7 +56,8 @@ class RunStatus:
     value of the lowest validation loss of the recorded training; ``size`` counts the bytes of the run directory;
     ``unread`` names large artifacts whose time stamps are others than recorded; ``unused`` has the sizes, in bytes, of
     copies of adapters that trainings started from and nothing refers to any more, by name, and ``unused_sight`` that of
-    the file with which what an earlier export made saw, where nothing names it any more.
+    the file with which what an earlier export made saw, where nothing names it any more; ``seen`` counts the bytes of
+    what was seen in pictures, which can be deleted at any time.
     """
 
     root: Path
@@ -74,6 +75,7 @@ class RunStatus:
     gone: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, int] = field(default_factory=dict)
     unused_sight: Mapping[str, int] = field(default_factory=dict)
+    seen: int = 0
 
     @property
     def damaged(self) -> bool:
@@ -89,6 +91,7 @@ class RunStatus:
                 "best": {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None,
                 "bytes": self.size, "unread": list(self.unread), "unused_adapters": self.unused,
                 "unused_sight": self.unused_sight,
+                "seen_bytes": self.seen,
                 "stages": {stage: {"state": state, "ended": ended, "summary": self.figures[stage].summary,
                                    "bytes": sum(self.figures[stage].sizes.values()),
                                    "outputs": self.figures[stage].sizes} for stage, state, ended, _ in self.rows}}
@@ -153,7 +156,8 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
                      _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
                      tuple(unread), note, gone(paths, manifest), {} if owner else _unused_adapters(paths, manifest),
-                     {} if owner else _unused_sight(paths, manifest))
+                     {} if owner else _unused_sight(paths, manifest),
+                     0 if owner or not paths.seen.is_dir() else disk_usage(paths.seen))
 
 
 def _where(run: RunDir, stage: str, record: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> str:

@@ -107,7 +107,11 @@ def test_the_answer_comes_to_depend_on_the_picture(cli, coloured, looked, monkey
     assert again.code == 0, again.err
     assert len(looked) == PICTURES and "28 pictures, all looked at before" in again.err
     assert equal(first, adapter())
+    size = sum(path.stat().st_size for path in (RUN / "seen").glob("*/*"))
+    status = cli("status", "--json")
+    assert status.json["seen_bytes"] == size > PICTURES * 4 * 64 * 4 and "seen/ (" in status.err + cli("status").err
     shutil.rmtree(RUN / "seen")
+    assert cli("status", "--json").json["seen_bytes"] == 0 and "seen/" not in cli("status").err
     assert cli("train", *SHORT, "--force").code == 0
     assert len(looked) == 2 * PICTURES, "what was seen can be deleted"
 
