@@ -164,8 +164,12 @@ class FirstBatch:
         """Batches of the training (0) or the validation (1) without those pieces that have pictures."""
         if self.shown is None:
             return list(batches)
-        pictured = self.shown.pictured[side]
+        pictured = self.pictured(side)
         return [part for part in pieces_of(batches, self.micro_batch) if not pictured[part].any()]
+
+    def pictured(self, side: int) -> np.ndarray:
+        """Which rows of the training (0) or the validation (1) have pictures (bool)."""
+        return self.shown.pictured[side]
 
     def _steps(self) -> Iterator[np.ndarray]:
         """The rows of each step of all processes together, epoch by epoch without end."""

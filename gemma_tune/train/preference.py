@@ -16,7 +16,7 @@ from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
 from gemma_tune.train.captured import CapturedSteps, LearnedTokens
 from gemma_tune.train.captured_units import LearnedUnits
 from gemma_tune.train.packed import unpackable
-from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
+from gemma_tune.train.preference_loss import SUMS, PreferenceLoss, has_pictures
 from gemma_tune.train.reference import look_up
 from gemma_tune.train.shared_prompts import worth_sharing
 from gemma_tune.train.trainer import GemmaTrainer
@@ -63,7 +63,8 @@ class PreferenceTrainer(GemmaTrainer):
         self.liked = units[0].liked
         # A GPU likes few launches, and processes with parts of the model make as many passes as each other.
         self.preference = PreferenceLoss(session.config, self.accelerator.device,
-                                         at_once=self.sharded or self.accelerator.device.type != "cpu")
+                                         at_once=self.sharded or self.accelerator.device.type != "cpu",
+                                         shown=self.shown)
         # Captured steps add to them where they are.
         self._sums, self._evaluated = (torch.zeros(len(SUMS), device=self.accelerator.device) for _ in range(2))
         self.captured_divergence: CapturedSteps | None = None
@@ -94,6 +95,15 @@ class PreferenceTrainer(GemmaTrainer):
         units = self.eval_dataset if side else self.train_dataset
         return (units.size, units.sizes.reshape(-1, units.size).max(1), units.trained.reshape(-1, units.size).sum(1))
 
+    def pictured(self, side: int) -> np.ndarray:
+        """See :meth:`gemma_tune.train.first_batch.FirstBatch.pictured`; of units."""
+        return super().pictured(side).reshape(-1, self.train_dataset.size).any(1)
+
+    def with_sight(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Units that have pictures, marked as such: what is seen in them is read when they go through the model."""
+        shown = any(has_pictures(unit["sequences"]) for unit in part["units"])
+        return part | {"seen": True} if shown else part
+
     # ---- before the first step ---------------------------------------------------------------------------------------
 
     def _compare(self, *args: Any, **kwargs: Any) -> None:
@@ -112,7 +122,7 @@ class PreferenceTrainer(GemmaTrainer):
         if self.preference.at_once or self.args.activation_checkpointing or unpackable(self.causal_lm):
             return False
         units = (self.train_dataset[n]["sequences"] for n in range(min(_LOOKED_AT, len(self.train_dataset))))
-        rows = next((rows for rows in units if worth_sharing(rows)), None)
+        rows = next((rows for rows in units if worth_sharing(rows) and not has_pictures(rows)), None)
         if rows is None:
             return False
         with self.evaluating():
@@ -194,7 +204,8 @@ class PreferenceTrainer(GemmaTrainer):
         for batch in batches:
             for part in self._pieces(batch):
                 rows = [unit["mismatch"] for unit in part["units"]]
-                if self.captured_divergence is None or not self.captured_divergence.run(collate(rows), -1.0):
+                if "seen" in part or self.captured_divergence is None or not self.captured_divergence.run(
+                        collate(rows), -1.0):
                     self.with_room(functools.partial(self._measure_piece, rows))
                 self._ratios -= sum(unit["mismatch_reference"] for unit in part["units"])
                 count += len(rows)
@@ -243,7 +254,7 @@ class PreferenceTrainer(GemmaTrainer):
                 self._measure_divergence(batches)
             for batch in batches:
                 for part in self._pieces(batch):
-                    if self.captured_evaluation is None or not self.captured_evaluation.run(part, 1.0, 1.0):
+                    if not self.replayed(self.captured_evaluation, part, 1.0, 1.0):
                         self.with_room(functools.partial(self._evaluate_piece, part))
         self.gradients.clear()
         sums = [sum(shares) for shares in zip(*processes.gathered(self._evaluated.tolist()))]

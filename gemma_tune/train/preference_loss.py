@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.train.attention import within
 from gemma_tune.train.batches import trained_positions
+from gemma_tune.train.looking import Shown
 from gemma_tune.train.objectives import Answers, ipo_loss, kto_loss, orpo_loss, sigmoid_loss
 from gemma_tune.train.shared_prompts import shared_rows, worth_sharing
 from gemma_tune.train.units import PAIR, together
@@ -46,14 +48,15 @@ class PreferenceLoss:
         settings: of ``train``: the method and what belongs to it.
         device: where the model computes.
         at_once: all sequences go through the model as one batch, whatever their lengths.
+        shown: pictures of the training, where it has any.
 
     Attributes:
         divergence: KTO's z for the units that are worked on (scalar).
         shares: sequences that begin alike go through the model as one, see :mod:`gemma_tune.train.shared_prompts`.
     """
 
-    def __init__(self, settings: TrainConfig, device: torch.device, at_once: bool):
-        self.settings, self.device, self.at_once, self.shares = settings, device, at_once, False
+    def __init__(self, settings: TrainConfig, device: torch.device, at_once: bool, shown: Shown | None = None):
+        self.settings, self.device, self.at_once, self.shares, self.shown = settings, device, at_once, False, shown
         self.divergence = torch.zeros((), device=device)
 
     @property
@@ -114,7 +117,9 @@ class PreferenceLoss:
 
     def log_probabilities(self, model: Any, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the learned tokens of each sequence together: (rows,) fp32 in nats, and how many they are (rows,)."""
-        parts = [*(self._shared if self.shares and worth_sharing(rows) else self._apart)(model, rows)]
+        # A prompt that goes through once has no place for pictures, whose parts see each other.
+        shared = self.shares and not has_pictures(rows) and worth_sharing(rows)
+        parts = [*(self._shared if shared else self._apart)(model, rows)]
         if not parts:
             empty = torch.zeros(0, device=self.device)
             return empty, empty
@@ -130,7 +135,9 @@ class PreferenceLoss:
             row = positions // batch["labels"].shape[1]
             ids, positions, targets = (t.to(self.device, non_blocking=True)
                                        for t in (batch["input_ids"], positions, targets))
-            yield (model(input_ids=ids, positions=positions, targets=targets, each=True)["losses"],
+            seen = {"seen": self.shown.inputs(batch["input_ids"], batch[PICTURES], self.device)} if (
+                self.shown and PICTURES in batch) else {}
+            yield (model(input_ids=ids, positions=positions, targets=targets, each=True, **seen)["losses"],
                    torch.tensor(chosen or [0])[row].to(self.device, non_blocking=True))
 
     def _shared(self, model: Any, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -139,6 +146,11 @@ class PreferenceLoss:
                 losses = model(input_ids=row.input_ids, position_ids=row.places, positions=row.positions,
                                targets=row.targets, each=True)["losses"]
             yield losses, row.sequence
+
+
+def has_pictures(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether any of these sequences has."""
+    return any(row.get(PICTURES) for row in rows)
 
 
 def by_answer(losses: torch.Tensor, answer: torch.Tensor, learned: torch.Tensor, count: int,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.encoding.tokens import answers_of, lengths_of, trained_of
 from gemma_tune.train.batches import Batch, collate
 from gemma_tune.train.loss import IGNORE_INDEX
@@ -97,7 +98,7 @@ def _mismatch(own: dict[str, Any], other: dict[str, Any], longest: int) -> dict[
     (prompt, _), (start, end) = _answer(own), _answer(other)
     ids = np.concatenate([own["input_ids"][:prompt], other["input_ids"][start:end]])[:longest]
     labels = np.concatenate([np.full(prompt, IGNORE_INDEX), other["labels"][start:end]])[:longest]
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": labels, PICTURES: own.get(PICTURES, [])}  # which all stand in the prompt
 
 
 def _answer(row: dict[str, Any]) -> tuple[int, int]:

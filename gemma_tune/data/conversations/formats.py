@@ -273,23 +273,22 @@ class Formats:
     def _preference(self, value: Fields, problems: list[Problem]) -> Example:
         """A pair, or a judged answer."""
         rejected, good = None, marks.is_good(value)
-        if problem := preference.with_pictures(value, (), good):
-            raise RowError([problem])
         draft = preference.better(value, problems)
         mended: list[str] = []
-        messages = self._turns(draft, problems, mended)
+        messages = self._turns(draft, problems, mended, self._pictures(value, "preference", problems))
         if good is not None:
             messages = preference.with_answer_alone(messages, preference.last_answer(messages))
         else:
             others: list[Problem] = []
             other = preference.worse(value, others)
-            worse = self._turns(other, others, mended)
+            worse = self._turns(other, others, mended, self._pictures(value, "preference", others))
             problems += filter(None, [marks.tied(value)])
             problems = preference.of_either(problems, draft.key, others, other.key)
             if not problems and (pair := preference.pair_of(messages, worse, problems)):
                 messages, rejected = pair
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
-        problems += filter(None, [preference.with_pictures(value, [*messages, *(rejected or ())], good)])
+        if not problems:
+            problems += preference.answers_with_pictures(messages, rejected)
         if problems:
             raise RowError(_with_the_text_kept(list(dict.fromkeys(problems)), "preference", value))
         return Example("preference", messages, declared or None, None,

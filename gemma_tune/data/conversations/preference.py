@@ -29,11 +29,11 @@ from gemma_tune.data.conversations.layouts import (
     with_system,
 )
 from gemma_tune.data.conversations.marks import PAIRS, filled_pair, is_good, marked, pair_in
-from gemma_tune.data.conversations.pictures import COLUMNS, MEDIA, holds, pictures_in
+from gemma_tune.data.conversations.pictures import COLUMNS, pictures_in
 from gemma_tune.data.conversations.problems import Problem, several
 from gemma_tune.data.conversations.rendered import is_marked, prompt_apart, turns_in_text
 from gemma_tune.data.conversations.turns import Turn
-from gemma_tune.encoding.sequences import MARK
+from gemma_tune.encoding.sequences import MARK, first_learned
 
 _HH = re.compile(r"\n\n[ \t]*(?:Human|Assistant):")  # so Anthropic's HH-RLHF has whole conversations in one text
 _ANSWERS = ("completion", "messages", "conversations", "output", "response", "answer")  # of a judged answer
@@ -103,20 +103,17 @@ def _first_learned(turns: Sequence[Any]) -> int:
     return next((n for n in own if turns[n].get("train") is not False), len(turns))
 
 
-def with_pictures(row: Mapping[str, Any], turns: Sequence[Turn], good: bool | None) -> Problem | None:
-    """The problem of a pair, or a judged answer, whose question or answers have pictures.
+def answers_with_pictures(messages: Sequence[Turn], rejected: Sequence[Turn] | None) -> list[Problem]:
+    """The problem of answers of several turns between which pictures are shown: what is compared is said to the same
+    pictures.
 
     Args:
-        turns: of all its answers.
-        good: the mark of a judged answer; None of a pair.
+        messages: the conversation, of which the answer alone is learned; ``rejected`` the turns of a worse one.
     """
-    column = next((name for name in row if name in MEDIA and holds(row[name])), None)
-    if column is None and not pictures_in(turns):
-        return None
-    what, fix = ("pair of answers has", "use --take chosen to learn the better answers of all pairs, or leave the row "
-                                        "out") if good is None else ("judged answer has", "leave the row out")
-    return Problem("preference", f"a {what} {f'`{column}`' if column else 'pictures'} beside it, and with pictures "
-                                 "plain conversations alone are learned", fix)
+    if not pictures_in([*messages[first_learned(messages):], *(rejected or ())]):
+        return []
+    return [Problem("preference", "a picture stands inside the answer that is compared or judged",
+                    "leave the row out, or let the answer begin behind the picture")]
 
 
 class Pair(NamedTuple):

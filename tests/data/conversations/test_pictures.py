@@ -418,18 +418,25 @@ def test_an_entry_of_llama_factory_names_pictures():
 
 # --- preferences
 
-def test_pairs_and_judged_answers_with_pictures_are_refused_by_name():
+def test_pairs_and_judged_answers_are_to_the_pictures_of_their_question():
     pair = {"prompt": "What?", "chosen": "A cat.", "rejected": "A dog.", "image": "a.png"}
-    found = problem(pair)
-    assert found.reason.startswith("a pair of answers has `image` beside it") and "--take chosen" in found.fix
-    assert messages(pair, take="chosen") == [seen("What?", 0, A), CAT]
     inside = {"prompt": [user([{"image": "a.png"}, text("What?")])], "chosen": [CAT], "rejected": [answer("A dog.")]}
-    assert problem(inside).reason.startswith("a pair of answers has pictures beside it")
     trl = {"prompt": [user([{"type": "image"}, text("What?")])], "chosen": [CAT], "rejected": [answer("A dog.")], "images": ["a.png"]}
-    assert problem(trl).reason.startswith("a pair of answers has `images` beside it")
-    judged = {"prompt": "What?", "completion": "A cat.", "label": True, "images": ["a.png"]}
-    assert problem(judged).reason.startswith("a judged answer has `images` beside it")
-    assert read({key: value for key, value in pair.items() if key != "image"} | {"image": None}).rejected == [answer("A dog.")]
+    for row in (pair, inside, trl):
+        found = read(row)
+        assert (found.messages, found.rejected, found.unread) == ([seen("What?", 0, A), CAT], [answer("A dog.")], ())
+        assert messages(row, take="chosen") == [seen("What?", 0, A), CAT]
+    judged = read({"prompt": "What?", "completion": "A cat.", "label": True, "images": ["a.png"]})
+    assert (judged.messages, judged.good, judged.unread) == ([seen("What?", 0, A), CAT], True, ())
+    assert problem(pair | {"image": None, "images": ["a.png", "b.png"], "prompt": "<image>What?"}).code == "picture"
+    assert read(pair | {"image": None}).messages == [user("What?"), CAT]
+
+
+def test_pictures_inside_what_is_compared_are_refused_by_name():
+    later = [CAT, seen("And?", 0, A), CAT]
+    for chosen, rejected in ((later, [answer("A dog.")]), ([answer("A dog.")], later)):
+        found = problem({"prompt": [user("Hello")], "chosen": chosen, "rejected": rejected})
+        assert found.reason == "a picture stands inside the answer that is compared or judged"
 
 
 # --- anything at all
