@@ -58,8 +58,19 @@ class Shown:
     run: RunDir
 
     def inputs(self, ids: torch.Tensor, names: Sequence[Sequence[str]], device: torch.device) -> dict[str, Any]:
-        """What the model is given beside rows of ids (rows, length) on the CPU, of which these are the pictures."""
-        return beside(self.seen, self.eye, ids, names, device)
+        """What the model is given beside rows of ids (rows, length) on the CPU, of which these are the pictures.
+
+        Raises:
+            UserError: what was seen is gone or damaged.
+            ValueError: the pictures are not those of all soft tokens.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            return beside(self.seen, self.eye, ids, names, device)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"what was seen in pictures cannot be read from {self.seen.folder}: {first_line(e)}",
+                            f"delete {self.run.seen}, and repeat the command: they are looked at again") from e
 
     @property
     def unseen(self) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train.test_captured_units import same_figures
 from train.test_captured_whole import as_on_a_gpu  # noqa: F401 - a fixture
 
@@ -18,7 +19,7 @@ from gemma_tune.encoding.eye import size_of
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
-from gemma_tune.train import looking
+from gemma_tune.train import looking, stage
 from gemma_tune.train.trainer import GemmaTrainer
 from support.command import MANIFEST_SCHEMA
 from support.graphs import Graph
@@ -85,9 +86,18 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_the_answer_comes_to_depend_on_the_picture(cli, coloured, looked, monkeypatch):
     """Of four colours nothing but the picture tells which; in validation it is another picture. Each is looked at once, and
     what sees is gone before the first step."""
-    towers, step = [], GemmaTrainer.training_step
+    towers, step, gone = [], GemmaTrainer.training_step, []
+    load = stage.load_model
+
+    def loaded(*args, **how):
+        model = load(*args, **how)
+        gone.append(weakref.ref(model.model.vision_tower))
+        return model
+
+    monkeypatch.setattr(stage, "load_model", loaded)
 
     def watched(self, *args, **how):
+        assert gone[0]() is None, "and its memory is free"
         towers.append(sum(p.numel() for name, p in self.model.named_parameters() if "vision" in name or "projector" in name))
         return step(self, *args, **how)
 
@@ -270,6 +280,31 @@ def test_a_plan_says_how_many_there_are_to_look_at(cli, coloured):
     assert plan.json["pictures"].startswith("28 pictures, 28 of them to be looked at")
     assert not (RUN / "seen").exists()
     assert "28 pictures, 28 of them" in cli("train", *SHORT, "--dry-run").err
+
+
+@pytest.mark.parametrize("what", ["gone", "cut off"])
+def test_what_was_seen_cannot_be_read(cli, coloured, monkeypatch, what):
+    assert cli("train", *SHORT).code == 0
+    if what == "gone":  # in the middle of the training
+        monkeypatch.setattr(looking, "look", lambda *_: None)
+        load = sight.Seen.__getitem__
+        monkeypatch.setattr(sight.Seen, "__getitem__", lambda self, name: (shutil.rmtree(RUN / "seen", True), load(self, name))[1])
+    else:
+        for path in (RUN / "seen").glob("*/*"):
+            path.write_bytes(path.read_bytes()[:100])
+    done = cli("train", *SHORT, "--force")
+    assert done.code == 2 and "what was seen in pictures cannot be read from runs/seer/seen/" in done.err, done.err
+    assert "Hint: delete runs/seer/seen, and repeat the command" in done.err
+
+
+def test_rows_whose_picture_makes_the_loss_not_finite_are_named(cli, coloured):
+    assert cli("train", *SHORT).code == 0
+    name = json.loads((RUN / "data" / "train.jsonl").read_text().splitlines()[6])["messages"][0]["pictures"][0]["file"]
+    path = next((RUN / "seen").glob(f"*/{Path(name).stem}.safetensors"))
+    save_file({key: value * float("nan") for key, value in load_file(path).items()}, path)
+    done = cli("train", *SHORT, "--force")
+    assert done.code == 1, done.err
+    assert "that comes from 1 of the 4 rows of its batch" in done.err and "train.jsonl:7" in done.err
 
 
 # ---- another class for text ------------------------------------------------------------------------------------------

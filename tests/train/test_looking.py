@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from answers.test_eyes import _OF_PICTURES, FAMILIES, pictures, seers  # noqa: F401 - fixtures
 from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from gemma_tune.answers.sight import Seen
 from gemma_tune.encoding.eye import PICTURES, eye_of
@@ -18,6 +23,7 @@ from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
 from gemma_tune.train.trainer import GemmaTrainer
+from support.gemmas import randomise
 
 FP32 = Placement("cpu", torch.float32, "test")
 
@@ -63,9 +69,31 @@ class Rows:
         return model
 
 
+def make_qwen_vl(model_type: str, like: Path, folder: Path) -> Path:
+    """A random Qwen VL with the tokenizer of a Qwen 3.5; what the third one sees is added behind early layers, too."""
+    config = json.loads((like / "config.json").read_text())
+    text = dict(vocab_size=config["text_config"]["vocab_size"], hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=256, pad_token_id=None,
+                rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [6, 5, 5]})
+    eye = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, out_hidden_size=64)
+    eye |= (dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]) if model_type == "qwen3_vl"
+            else dict(fullatt_block_indexes=[1], window_size=32))
+    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    kind = CONFIG_MAPPING[model_type]
+    torch.manual_seed(0)
+    network = AutoModelForImageTextToText.from_config(kind(text_config=text, vision_config=eye, **{
+        name: config[name] for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")}))
+    randomise(network, False)
+    network.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def of(seers, pictures):  # noqa: F811
-    return lambda family: Rows(seers(family), pictures)
+def of(seers, pictures, tmp_path):  # noqa: F811
+    def rows(family: str) -> Rows:
+        return Rows(make_qwen_vl(family, seers("qwen3.5"), tmp_path / family) if family.endswith("_vl") else seers(family), pictures)
+
+    return rows
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -87,7 +115,10 @@ def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolera
     assert (a - b).norm() < tolerance * b.norm() and b.norm() > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+ALL = (*FAMILIES, "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 def test_it_is_learned_as_by_the_model_that_looks_itself(of, family, recomputed):
     """With our layers and attention in place, against transformers' own pass over pixels, labels included."""
@@ -112,7 +143,7 @@ def test_it_is_learned_as_by_the_model_that_looks_itself(of, family, recomputed)
     assert other is None or abs(other - ours) > 1e-3, "the picture matters"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_rows_of_a_batch_are_as_alone(of, family):
     """Of several pictures, of one and of none, padded to the longest."""
     rows = of(family)
