@@ -62,6 +62,7 @@ class Module(torch.nn.Module):
 @pytest.mark.parametrize(("given", "ours"), [
     (dict(), True), (dict(sliding_window=4), True), (dict(attention_mask=torch.ones(1, 1, 9, 9).bool()), False),
     (dict(attention_mask=torch.ones(1, 1, 9, 9).bool(), sliding_window=4), True), (dict(dropout=0.1), False),
+    (dict(attention_mask=torch.ones(1, 1, 9, 9).bool(), sliding_window=4, as_masked=True), False),
     (dict(is_causal=False), False), (dict(position_bias=torch.ones(1)), False), (dict(s_aux=torch.ones(1)), False)])
 def test_only_what_it_means_the_same_for_is_replaced(given, ours):
     q, k, v = tensors(4, 1, 9)

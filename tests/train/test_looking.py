@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from answers.test_eyes import _OF_PICTURES, FAMILIES, pictures, seers  # noqa: F401 - fixtures
@@ -19,6 +21,7 @@ from gemma_tune.lora.layers import target_modules
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.train.batches import collate
+from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
@@ -154,3 +157,15 @@ def test_rows_of_a_batch_are_as_alone(of, family):
         loss, found = learned(tuned, rows.batch(records))
     assert loss == pytest.approx(sum(one for one, _ in alone), rel=1e-5)
     same(found, {name: sum(grads[name] for _, grads in alone) for name in found}, 1e-4)
+
+
+def test_only_pieces_of_text_are_planned_to_be_captured():
+    class Planned(FirstBatch):
+        micro_batch = 2
+        shown = SimpleNamespace(pictured=(np.array([0, 1, 0, 0, 0, 0], bool), np.array([1, 0], bool)))
+
+    found = Planned()
+    assert found._of_text([[0, 1, 2], [3, 4, 5], []], 0) == [[2], [3, 4], [5]]
+    assert found._of_text([[1, 0]], 1) == []
+    Planned.shown = None
+    assert found._of_text([[0, 1, 2], []], 0) == [[0, 1, 2], []]
