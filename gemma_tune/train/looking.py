@@ -21,7 +21,8 @@ from gemma_tune.base.words import counted, first_line, gigabytes
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import Eye, blindness, size_of
 from gemma_tune.encoding.tokens import pictured, pictures_in
-from gemma_tune.models.towers import blinded
+from gemma_tune.lora.layers import TOWERS
+from gemma_tune.models.towers import auto_class, blinded, without_towers
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
@@ -139,7 +140,7 @@ def refuse_what_cannot_be_seen(shown: Shown | None, session: Session, shape: Mod
 
 def _refuse_full_disk(shown: Shown, unseen: Sequence[str], shape: ModelShape) -> None:
     deep = len(shown.eye.config["vision_config"].get("deepstack_visual_indexes") or ())
-    tokens = sum(map(_tokens_of(shown), unseen))
+    tokens = sum(_soft_tokens(shown, name) for name in unseen)
     need, free = tokens * shape.hidden * shape.item * (1 + deep), shutil.disk_usage(shown.run.root).free
     if need + _SPARE > free:
         raise WorkFailed(f"what is seen in {counted(len(unseen), 'picture')} takes {gigabytes(need)}, and "
@@ -147,17 +148,14 @@ def _refuse_full_disk(shown: Shown, unseen: Sequence[str], shape: ModelShape) ->
                          "free some space, or work on another disk with --run DIR; nothing was changed")
 
 
-def _tokens_of(shown: Shown) -> Any:
-    def tokens(name: str) -> int:
-        path = shown.run.pictures / name
-        try:
-            path.stat()  # sizes are remembered, also of what is gone by now
-            size = size_of(path)
-        except OSError as e:
-            raise _unreadable(shown.run, path, e) from e
-        return shown.eye.written(size).count(shown.eye.tokens.soft)
-
-    return tokens
+def _soft_tokens(shown: Shown, name: str) -> int:
+    path = shown.run.pictures / name
+    try:
+        path.stat()  # sizes are remembered, also of what is gone by now
+        size = size_of(path)
+    except OSError as e:
+        raise _unreadable(shown.run, path, e) from e
+    return shown.eye.written(size).count(shown.eye.tokens.soft)
 
 
 def _unreadable(run: RunDir, path: Path, error: OSError) -> UserError:
@@ -169,13 +167,13 @@ def _unreadable(run: RunDir, path: Path, error: OSError) -> UserError:
 def tower_bytes(checkpoint: Path, item: int) -> int:
     """What a model sees with takes so many bytes, with numbers of ``item`` bytes; the weights need not be there."""
     import torch
-    from transformers import AutoModel
 
     from gemma_tune.models.known import known_config
 
-    with torch.device("meta"):
-        tower = AutoModel.from_config(known_config(checkpoint).vision_config)
-    return item * sum(p.numel() for p in tower.parameters())
+    config = known_config(checkpoint)
+    with without_towers(config, sees=True), torch.device("meta"):
+        model = auto_class(config.model_type, sees=True).from_config(config, trust_remote_code=False)
+    return item * sum(p.numel() for name, p in model.named_parameters() if TOWERS.search(name))
 
 
 def described(shown: Shown, checkpoint: Path, item: int) -> str:

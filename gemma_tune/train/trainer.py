@@ -244,8 +244,9 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def with_sight(self, part: dict[str, Any]) -> dict[str, Any]:
         """A piece with what is seen in its pictures, as ``seen``; one without any is left as it is."""
-        if self.shown is None or PICTURES not in part:
+        if PICTURES not in part:
             return part
+        assert self.shown is not None
         return part | {"seen": self.shown.inputs(part["input_ids"], part[PICTURES], self.accelerator.device)}
 
     def _halve_micro_batch(self, rows: int) -> None:

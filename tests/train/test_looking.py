@@ -17,12 +17,13 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from gemma_tune.answers.sight import Seen
 from gemma_tune.encoding.eye import PICTURES, eye_of
 from gemma_tune.encoding.tokenizer import load_tokenizer
-from gemma_tune.lora.layers import target_modules
+from gemma_tune.lora.layers import TOWERS, target_modules
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.train.batches import collate
 from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.kernels import fast_layers
+from gemma_tune.train.looking import tower_bytes
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
 from gemma_tune.train.trainer import GemmaTrainer
@@ -157,6 +158,15 @@ def test_rows_of_a_batch_are_as_alone(of, family):
         loss, found = learned(tuned, rows.batch(records))
     assert loss == pytest.approx(sum(one for one, _ in alone), rel=1e-5)
     same(found, {name: sum(grads[name] for _, grads in alone) for name in found}, 1e-4)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_what_sees_is_counted_before_it_is_loaded(of, family):
+    rows = of(family)
+    whole, text = rows.whole, load_model(rows.folder, FP32, sight="none")
+    more = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in text.parameters())
+    small = sum(p.numel() for name, p in text.named_parameters() if TOWERS.search(name))  # a projector that is not left out
+    assert tower_bytes(rows.folder, 4) == 4 * (more + small) > 0
 
 
 def test_only_pieces_of_text_are_planned_to_be_captured():
