@@ -13,6 +13,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from gemma_tune.answers.lengths import read_before
@@ -31,6 +32,9 @@ _KNOWN = {"_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", 
           "cache_implementation", "use_cache", "max_length", "max_new_tokens", "output_attentions",
           "output_hidden_states", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 _NEUTRAL = {"num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"}  # at 1
+# From these models reckon where tokens are, and what follows them, which is the number of the token for others.
+_PLACES = ("image_grid_thw",)
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ATTENTION = {"full_attention", "sliding_attention"}
 
 _kept: weakref.WeakKeyDictionary[Any, list[Decoder]] = weakref.WeakKeyDictionary()  # the last used ones last
@@ -44,6 +48,11 @@ class GaveUp(Exception):
 def pays(model: Any) -> bool:
     """Whether :func:`decoded` is the faster way, and a known one, to an answer of this model."""
     return model.device.type == "cuda" and model not in _given_up and not unknown(model)
+
+
+def reads(beside: Mapping[str, Any]) -> bool:
+    """Whether :func:`decoded` knows what follows from what a model is given beside the ids."""
+    return beside.keys().isdisjoint(_PLACES)
 
 
 def unknown(model: Any) -> str:
@@ -72,7 +81,8 @@ def beside_attention(base: Any) -> str:
 
 
 def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: int, limit: int,
-            arguments: Mapping[str, Any], every: int, capture: bool | None = None) -> Iterator[list[list[int]]]:
+            arguments: Mapping[str, Any], every: int, capture: bool | None = None,
+            beside: Mapping[str, Any] = _NOTHING) -> Iterator[list[list[int]]]:
     """Continue token ids, as ``generate`` does with the same arguments.
 
     To be used under ``torch.inference_mode()``.
@@ -84,6 +94,7 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
         arguments: of :func:`gemma_tune.answers.sampling.sampling_arguments`.
         every: steps after which tokens are read, which the GPU does not wait for.
         capture: None captures where the device can.
+        beside: what the model is given beside the ids to read the prompts, see ``sight.beside``.
 
     Yields:
         the next up to ``every`` tokens of each row. Iterating ends when all rows have ended, or at the limit.
@@ -94,7 +105,8 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
     """
     capture = model.device.type == "cuda" if capture is None else capture
     try:
-        yield from _decoded(model, ids, mask, frozenset(stop_ids), pad, limit, chooser(arguments, mask), every, capture)
+        yield from _decoded(model, ids, mask, frozenset(stop_ids), pad, limit, chooser(arguments, mask), every, capture,
+                            beside)
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001 - in as many ways as a model can differ from what is known here
@@ -110,9 +122,10 @@ def give_up(model: Any, reason: str) -> None:
 
 
 def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int, limit: int, choose: Chooser | None,
-             every: int, capture: bool) -> Iterator[list[list[int]]]:
+             every: int, capture: bool, beside: Mapping[str, Any]) -> Iterator[list[list[int]]]:
     rows, width = ids.shape
-    prompt = ids[0].tolist() if rows == 1 and bool(mask.all()) else []
+    # What pictures stand behind ids these do not tell, so such a prompt is read as a whole.
+    prompt = ids[0].tolist() if rows == 1 and bool(mask.all()) and not beside else []
     state = _state(model)
     decoder, same = _take(model, rows, width + 1, width + min(limit, ROOM), prompt, state)
     waiting: deque[tuple[Any, Any]] = deque()
@@ -124,7 +137,7 @@ def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int
             if end > decoder.size:
                 decoder = decoder.grown(model)
             if end == width + 1:
-                decoder.begin(model, ids, mask, stop_ids, pad, choose, state, same)
+                decoder.begin(model, ids, mask, stop_ids, pad, choose, state, same, beside)
             else:
                 decoder.step(model, choose, capture)
             if (end - width) % every == 0 or end == last:
@@ -238,7 +251,8 @@ class Decoder:
         return self._key[0] == state
 
     def begin(self, model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int,
-              choose: Chooser | None, state: int, same: int) -> None:
+              choose: Chooser | None, state: int, same: int,
+              beside: Mapping[str, Any] = _NOTHING) -> None:
         """Read the prompts, but for the first ``same`` positions, which are in the cache; choose the first token."""
         import torch
 
@@ -263,7 +277,7 @@ class Decoder:
         with _no_planning():
             logits = model(input_ids=ids[:, same:], attention_mask=self.mask if same else mask,
                            position_ids=places[:, same:], past_key_values=self.cache, use_cache=True,
-                           **self._last).logits[:, -1]
+                           **self._last, **beside).logits[:, -1]
         if self.stops is None:
             self.stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=ids.device)
         self.stops.zero_()

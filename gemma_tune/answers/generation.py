@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_tune.answers import decoding
 from gemma_tune.answers.sampling import sampling_arguments
+from gemma_tune.answers.sight import Sights, beside
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import refuse_not_finite
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError, Messages, Tools
@@ -70,18 +71,23 @@ def prompt_ids(chat: ChatFormat, messages: Messages, tools: Tools = None) -> lis
 
 
 def greedy_continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], max_new_tokens: int,
-                         seconds: float | None = None) -> list[Answer]:
+                         seconds: float | None = None, pictures: Sequence[Sequence[str]] = (),
+                         seen: Sights | None = None) -> list[Answer]:
     """As :func:`continuations`, with the likeliest token each time."""
-    return continuations(model, chat, encoded, max_new_tokens, sampling_arguments(model, {"temperature": 0.0}), seconds)
+    return continuations(model, chat, encoded, max_new_tokens, sampling_arguments(model, {"temperature": 0.0}), seconds,
+                         pictures, seen)
 
 
 def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], max_new_tokens: int,
-                  arguments: Mapping[str, Any], seconds: float | None = None) -> list[Answer]:
+                  arguments: Mapping[str, Any], seconds: float | None = None,
+                  pictures: Sequence[Sequence[str]] = (), seen: Sights | None = None) -> list[Answer]:
     """What the model writes after token ids, in one batch, padded on the left.
 
     Args:
         arguments: of :func:`gemma_tune.answers.sampling.sampling_arguments`.
         seconds: after which an answer is cut off; then nothing is captured for it either, which would take memory.
+        pictures: names of the pictures of each prompt, which ``chat.eye`` knows; needed where any has some.
+        seen: their features by name, for a model that was loaded to take them.
 
     Raises:
         UserError: the longest fills the model's context, or the model's logits are not finite.
@@ -94,14 +100,15 @@ def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], ma
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
     limit = room_for_answer(model, width, max_new_tokens)
     with torch.inference_mode():
-        if seconds is None and decoding.pays(model):
+        shown = beside(seen, chat.eye, ids, pictures) if any(pictures) else {}
+        if seconds is None and decoding.pays(model) and decoding.reads(shown):
             with contextlib.suppress(decoding.GaveUp):
                 groups = list(decoding.decoded(model, ids, mask, stop_ids=chat.stop_ids, pad=pad, limit=limit,
-                                               arguments=arguments, every=READ_EVERY))
+                                               arguments=arguments, every=READ_EVERY, beside=shown))
                 return [_cut(chat, list(itertools.chain.from_iterable(row))) for row in zip(*groups)]
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
                              max_new_tokens=limit, max_time=seconds, logits_processor=finite_logits(model),
-                             **arguments)
+                             **arguments, **shown)
     return [_cut(chat, row[width:].tolist()) for row in out]
 
 

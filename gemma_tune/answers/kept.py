@@ -129,15 +129,17 @@ class _Sliding(_Cut, DynamicSlidingWindowLayer):
 class KeptTurns:
     """What a model has read and written in a conversation, as token ids with their keys and values.
 
+    In the place of the ids of pictures stand names, see ``sight.told_apart``.
+
     For one model in one state: what an adapter has computed is of no use without it.
     """
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
+        self.ids: list[int | str] = []
         self.reused = 0  # positions of the last prompt that were not computed again
         self._cache: Any = None
 
-    def cache_for(self, model: Any, ids: Sequence[int]) -> Any:
+    def cache_for(self, model: Any, ids: Sequence[int | str]) -> Any:
         """The cache to read a prompt with, cut back to where that begins to differ; to be followed by :meth:`keep`.
 
         None for a model with layers that cannot be cut, such as those with a recurrent state.
@@ -149,7 +151,7 @@ class KeptTurns:
             return cache
         return _empty(model)
 
-    def keep(self, cache: Any, ids: Sequence[int]) -> None:
+    def keep(self, cache: Any, ids: Sequence[int | str]) -> None:
         """Remember what was read and written; the last ids may not have been read yet."""
         if cache is not None:
             read = cache.get_seq_length()

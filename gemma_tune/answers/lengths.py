@@ -53,7 +53,7 @@ def _width_of_keys(layer: Any) -> int:
     return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
-def read_before(known: Sequence[int], prompt: Sequence[int]) -> int:
+def read_before(known: Sequence[int | str], prompt: Sequence[int | str]) -> int:
     """How many tokens of a prompt need not be read again where ``known`` have been: those of its beginning that are the
     same. The last is always read: its logits are what the answer begins with."""
     most = min(len(known), len(prompt) - 1)

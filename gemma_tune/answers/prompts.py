@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.eye import pictures_of
 
 Read = TypeVar("Read")
 LOOKED_AT = 100  # rows of each file that are looked at for prompts
@@ -26,6 +27,11 @@ class Prompt:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Names of the files of its pictures, in order."""
+        return tuple(pictures_of(self.messages))
 
     def ids(self, chat: Any) -> list[int]:
         """Token ids, after which the answer begins. Of a plain text the first half, at most ``TEXT_TOKENS``.

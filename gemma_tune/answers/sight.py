@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.answers.decoding import base_of
 from gemma_tune.base.files import replacing
 from gemma_tune.encoding.eye import PROCESSORS, Eye
 
@@ -30,7 +31,7 @@ def see(model: PreTrainedModel, eye: Eye, name: str) -> Features:
     """The features of one picture.
 
     Args:
-        model: with its towers, see ``models.load.load_model``.
+        model: with its towers, see ``models.load.load_model``, or these alone (``models.towers.load_towers``).
         name: of a file in the eye's folder.
 
     Returns:
@@ -42,7 +43,7 @@ def see(model: PreTrainedModel, eye: Eye, name: str) -> Features:
     taken = {key: value for key, value in inputs.items() if key in _TAKEN}
     taken["pixel_values"] = taken["pixel_values"].to(model.dtype)
     with torch.no_grad():
-        seen = model.model.get_image_features(**taken, return_dict=True)
+        seen = model.base_model.get_image_features(**taken, return_dict=True)
     features = {SEEN: _one(seen.pooler_output)}
     for number, deep in enumerate(getattr(seen, "deepstack_features", None) or ()):
         features[f"{_DEEP}{number}"] = _one(deep)
@@ -60,14 +61,15 @@ def _one(parts: Any) -> torch.Tensor:
     return (parts if isinstance(parts, torch.Tensor) else torch.cat(list(parts))).flatten(0, -2)
 
 
-def inputs_beside(eye: Eye, ids: torch.Tensor, pictures: Sequence[Features],
-                  device: torch.device | None = None) -> dict[str, Any]:
+def inputs_beside(eye: Eye, ids: torch.Tensor, pictures: Sequence[Features], device: torch.device | None = None,
+                  read: int = 0) -> dict[str, Any]:
     """What a model is given beside ``input_ids`` where these have pictures.
 
     Args:
         ids: (rows, length) int64. Of those on the CPU no GPU has to be waited for.
         pictures: features of all pictures, from row to row, in order.
         device: where the inputs will lie, if not where ``ids`` do.
+        read: tokens of a single row whose keys and values the model has already.
 
     Raises:
         ValueError: they are not as long as the tokens that stand for them.
@@ -82,11 +84,15 @@ def inputs_beside(eye: Eye, ids: torch.Tensor, pictures: Sequence[Features],
     seen = there(torch.cat([features[SEEN] for features in pictures]))
     if int(marks.sum()) != len(seen):
         raise ValueError(f"{int(marks.sum())} tokens stand for pictures with {len(seen)} features")
-    # Gemma 3 takes one tensor, others a list of those of single pictures.
-    output = BaseModelOutputWithPooling(pooler_output=seen[None] if eye.config["model_type"] == "gemma3" else [seen])
-    if deep := [key for key in pictures[0] if key.startswith(_DEEP)]:
-        output["deepstack_features"] = [[there(features[key]) for features in pictures] for key in deep]
-    beside: dict[str, Any] = {"mm_encoder_outputs": {"image": output}}
+    beside: dict[str, Any] = {}
+    if len(unread := seen[int(marks[:, :read].sum()):]):
+        # Gemma 3 takes one tensor, others a list of those of single pictures.
+        whole = unread[None] if eye.config["model_type"] == "gemma3" else [unread]
+        output = BaseModelOutputWithPooling(pooler_output=whole)
+        if deep := [key for key in pictures[0] if key.startswith(_DEEP)]:
+            output["deepstack_features"] = [
+                [there(torch.cat([features[key] for features in pictures])[-len(unread):])] for key in deep]
+        beside["mm_encoder_outputs"] = {"image": output}
     if eye.marks:
         beside[eye.marks] = there(marks.long())
     for key in _BESIDE:
@@ -142,8 +148,32 @@ class Seen:
         return self.folder / f"{Path(name).stem}.safetensors"
 
 
-def beside(seen: Mapping[str, Features] | Seen, eye: Eye, ids: torch.Tensor, names: Sequence[Sequence[str]],
-           device: torch.device | None = None) -> dict[str, Any]:
+Sights = Mapping[str, Features] | Seen
+
+
+def beside(seen: Sights | None, eye: Eye | None, ids: torch.Tensor, names: Sequence[Sequence[str]],
+           device: torch.device | None = None, read: int = 0) -> dict[str, Any]:
     """As :func:`inputs_beside`, for rows with the names of their pictures; nothing where there is none."""
-    pictures = [seen[name] for row in names for name in row]
-    return inputs_beside(eye, ids, pictures, device) if pictures else {}
+    pictures = [name for row in names for name in row]
+    if not pictures:
+        return {}
+    assert seen is not None and eye is not None, "pictures need an eye, and what was seen in them"
+    return inputs_beside(eye, ids, [seen[name] for name in pictures], device, read)
+
+
+def told_apart(eye: Eye | None, ids: Sequence[int], names: Sequence[str]) -> list[int | str]:
+    """Token ids with the name of its picture in the place of each that stands for a part of one: the ids alone are
+    the same for others."""
+    if not names:
+        return list(ids)
+    assert eye is not None
+    parts = iter([name for name in names for _ in range(eye.parts(name))])
+    return [next(parts) if token == eye.soft_id else token for token in ids]
+
+
+def reckon_anew(model: Any) -> None:
+    """Let a model forget how far its last prompt's pictures moved what stands behind them, as the Qwens remember it:
+    the next prompt, which it may have read in a part, can be another one's."""
+    inner = getattr(base_of(model), "model", None)
+    if getattr(inner, "rope_deltas", None) is not None:
+        inner.rope_deltas = None

@@ -11,8 +11,10 @@ from typing import Any
 
 from gemma_tune.answers import decoding
 from gemma_tune.answers.generation import BROKEN, Answer, finite_logits, prompt_ids, room_for_answer
+from gemma_tune.answers.sight import Sights, beside, reckon_anew, told_apart
 from gemma_tune.base.machine import is_out_of_memory, next_of, no_memory
 from gemma_tune.encoding.chat_format import ChatFormat, Messages, Tools
+from gemma_tune.encoding.eye import pictures_of
 
 
 class Pieces:
@@ -154,6 +156,7 @@ class Stream(Streaming):
     Args:
         kept: what the model read before; it is kept up to date.
         state: in which the model answers, such as without its adapter.
+        seen: features of the pictures of the conversation, for a model that was loaded to take them.
 
     Raises:
         UserError: a conversation that cannot be rendered, or fills the model's context.
@@ -161,9 +164,10 @@ class Stream(Streaming):
 
     def __init__(self, model: Any, chat: ChatFormat, messages: Messages, max_new_tokens: int,
                  arguments: Mapping[str, Any], tools: Tools = None, kept: Any = None,
-                 state: Callable[[], Any] = contextlib.nullcontext):
+                 state: Callable[[], Any] = contextlib.nullcontext, seen: Sights | None = None):
         self._model, self._chat, self._arguments = model, chat, dict(arguments)
-        self._ids = prompt_ids(chat, messages, tools)
+        self._ids, self._pictures, self._seen = prompt_ids(chat, messages, tools), pictures_of(messages), seen
+        self._eye = chat.eye if self._pictures else None
         self._limit = room_for_answer(model, len(self._ids), max_new_tokens)
         self._kept, self._state = kept, state
         super().__init__(Pieces(chat), len(self._ids))
@@ -182,18 +186,20 @@ class Stream(Streaming):
         import torch
 
         with torch.inference_mode(), self._state():
-            if decoding.pays(self._model):
+            ids = torch.tensor([self._ids], device=self._model.device)
+            shown = beside(self._seen, self._eye, ids, [self._pictures])
+            if decoding.pays(self._model) and decoding.reads(shown):
                 with contextlib.suppress(decoding.GaveUp):
-                    self._decode()
+                    self._decode(ids, shown)
                     return
             self._go_on()
 
-    def _decode(self) -> None:
+    def _decode(self, ids: Any, shown: Mapping[str, Any]) -> None:
         import torch
 
-        ids = torch.tensor([self._ids], device=self._model.device)
         groups = decoding.decoded(self._model, ids, torch.ones_like(ids), stop_ids=self._chat.stop_ids,
-                                  pad=self._chat.stop_ids[0], limit=self._limit, arguments=self._arguments, every=1)
+                                  pad=self._chat.stop_ids[0], limit=self._limit, arguments=self._arguments, every=1,
+                                  beside=shown)
         with contextlib.closing(groups):
             for [tokens] in groups:
                 self._pieces.take(tokens)
@@ -212,13 +218,17 @@ class Stream(Streaming):
                 return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
         before = self._ids + self._pieces.ids
-        cache = self._kept.cache_for(self._model, before) if self._kept is not None else None
+        known = told_apart(self._eye, before, self._pictures)
+        cache = self._kept.cache_for(self._model, known) if self._kept is not None else None
         ids = torch.tensor([before], device=self._model.device)
+        reckon_anew(self._model)
         written = self._model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), streamer=self._pieces,
             max_new_tokens=self._limit - self._pieces.tokens, eos_token_id=self._chat.stop_ids,
             pad_token_id=self._chat.stop_ids[0], stopping_criteria=StoppingCriteriaList([Stopped()]),
             logits_processor=finite_logits(self._model), **self._arguments,
+            **beside(self._seen, self._eye, ids, [self._pictures],
+                     read=0 if cache is None else self._kept.reused),
             **({} if cache is None else {"past_key_values": cache}))
         if cache is not None:
-            self._kept.keep(cache, written[0].tolist())
+            self._kept.keep(cache, known + written[0, len(known):].tolist())

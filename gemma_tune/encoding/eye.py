@@ -171,6 +171,10 @@ class Eye:
             self._written[size] = self._family.written(self.tokens, inputs, self.config)
         return self._written[size]
 
+    def parts(self, name: str) -> int:
+        """How many tokens stand for parts of a picture."""
+        return self.written(size_of(self._path(name))).count(self.tokens.soft)
+
     def shown(self, text: str, names: Sequence[str]) -> str:
         """A rendered text with the tokens of these pictures in their places.
 
@@ -204,7 +208,7 @@ class Eye:
 
     def found(self, draft: Draft, encoded: Encoded) -> Encoded | FormatError:
         """A sequence with the ends of its pictures, from the draft of :meth:`drawn` that it was made of."""
-        counts = [self.written(size_of(self._path(name))).count(self.tokens.soft) for name in draft.pictures]
+        counts = [self.parts(name) for name in draft.pictures]
         places = np.flatnonzero(encoded.ids == self.soft_id)
         if len(places) != sum(counts):
             return FormatError(f"the text contains the chat template's own {self.tokens.soft}")

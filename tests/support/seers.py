@@ -1,0 +1,78 @@
+"""Random models that see, of several families, whose chat templates show pictures; and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.encoding.eye import eye_of
+from gemma_tune.encoding.tokenizer import load_tokenizer
+from support import towers
+from support.models import make_seeing
+
+FAMILIES = ("gemma3", "qwen3.5", "qwen3-vl", "mistral3", "gemma4-small", "gemma4-large")
+SIZES = ((60, 44), (30, 62), (48, 48))  # of pictures: 0.png and so on
+_TEMPLATE = ("{{{{ bos_token }}}}{{% for m in messages %}}{{{{ m.role }}}}:{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}"
+             "{{% for p in m.content %}}{{{{ {place!r} if p.type == 'image' else p.text }}}}{{% endfor %}}{{% endif %}}{end}{{% endfor %}}"
+             "{{% if add_generation_prompt %}}assistant:{{% endif %}}")
+
+
+def make(name: str, folder: Path) -> Path:
+    """A bf16 checkpoint of this family, which writes a chat template's places for pictures."""
+    if name == "gemma3":
+        return make_seeing(folder)
+    seer = _qwen3_vl(folder) if name == "qwen3-vl" else towers.make_seer(name, folder)
+    if name.startswith("gemma4"):  # whose random tower knows no more than 40 places to a side
+        path = folder / "processor_config.json"
+        path.write_text(path.read_text().replace('"max_soft_tokens": 280', '"max_soft_tokens": 70'))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 1024
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.convert_ids_to_tokens(seer.done)
+    place = eye_of(folder, tokenizer).place
+    if name.startswith("qwen"):
+        place = place.join(towers.QWEN[:2])
+    tokenizer.chat_template = _TEMPLATE.format(place=place, end=end)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pictures(folder: Path) -> Path:
+    """Files of large spots in ``folder``, of :data:`SIZES`."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0)
+    for n, (width, height) in enumerate(SIZES):
+        Image.fromarray(noise.integers(0, 2, (3, 3, 3), dtype=np.uint8) * 255).resize((width, height), 0).save(folder / f"{n}.png")
+    return folder
+
+
+def asked(text: str, *names: str) -> dict[str, Any]:
+    """A question with these pictures before it."""
+    shown = {"pictures": [{"at": 0, "file": f"pictures/{name}"} for name in names]} if names else {}
+    return {"role": "user", "content": text} | shown
+
+
+def _qwen3_vl(folder: Path) -> Any:
+    """As Qwen 3 VL, whose tower adds to what the first layers compute: with the tokenizer of Qwen 3.5's."""
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    seer = towers.make_seer("qwen3.5", folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = dict(vocab_size=config["text_config"]["vocab_size"], hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=256, initializer_range=0.2,
+                rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [11, 11, 10], "mrope_interleaved": True})
+    eye = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, out_hidden_size=64, initializer_range=0.2,
+               num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
+    network = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config=text, vision_config=eye, **{name: config[name] for name in (
+            "image_token_id", "vision_start_token_id", "vision_end_token_id")}))
+    network.to(torch.bfloat16).save_pretrained(folder)
+    return SimpleNamespace(done=seer.done)
