@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma_tune.answers.decoding import base_of
 from gemma_tune.base.files import replacing
@@ -148,7 +148,13 @@ class Seen:
         return self.folder / f"{Path(name).stem}.safetensors"
 
 
-Sights = Mapping[str, Features] | Seen
+
+class Sights(Protocol):
+    """Features by name: :class:`Seen`, a mapping, or what looks when it is asked."""
+
+    def __getitem__(self, name: str, /) -> Features:
+        """Features of a picture."""
+
 
 
 def beside(seen: Sights | None, eye: Eye | None, ids: torch.Tensor, names: Sequence[Sequence[str]],

@@ -13,7 +13,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import is_out_of_memory, keeping_garbage
 from gemma_tune.base.words import first_line
-from gemma_tune.lora.config import for_peft, how_to_renew
+from gemma_tune.lora.config import NAMING, for_peft, how_to_renew
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.patterns import refuse_endless
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from gemma_tune.lora.files import Adapter
 
 _OF_TEXT, _WITH_SIGHT = "model.", "model.language_model."
-_NAMES = ("target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
 def import_peft() -> None:
@@ -109,7 +108,7 @@ def _as_named_in(model: PreTrainedModel, adapter: Adapter) -> tuple[dict[str, An
             return [renamed(name) for name in names]
         return new + names.removeprefix(old) if isinstance(names, str) and names.startswith(old) else names
 
-    changed = {key: renamed(config[key]) for key in _NAMES if key in config}
+    changed = {key: renamed(config[key]) for key in NAMING if key in config}
     return config | changed, {"key_mapping": {f"^{re.escape(old)}": new}}
 
 

@@ -19,7 +19,7 @@ from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.lora.layers import TOWERS
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import has_packed_experts, in_four_bits, quantisation, refuse_untrainable
-from gemma_tune.models.towers import auto_class, without_towers
+from gemma_tune.models.towers import auto_class, without_text, without_towers
 from gemma_tune.models.whole import remedy
 
 if TYPE_CHECKING:
@@ -130,6 +130,34 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     return model
 
 
+@loading("what the model sees with")
+def load_towers(checkpoint: Path, placement: Placement) -> PreTrainedModel:
+    """What a checkpoint looks at pictures with, alone, for ``answers.sight.see``: beside a model that is loaded to take
+    what it sees.
+
+    Raises:
+        UserError: missing tensors, unreadable files.
+    """
+    require_readable(checkpoint)
+    quiet_libraries()
+    with keeping_garbage():
+        from transformers import AutoConfig, AutoModel
+    try:
+        whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        with without_text(whole):
+            model, info = AutoModel.from_pretrained(
+                checkpoint, dtype=placement.dtype, attn_implementation=attention_of(whole.model_type, towers=True),
+                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        model = model.to(placement.device).eval()
+    except Exception as e:  # noqa: BLE001 - as of load_model
+        if is_out_of_memory(e):
+            raise no_memory(e, "close other programs, or take a smaller model") from e
+        raise UserError(f"what {checkpoint} sees with cannot be loaded: {first_line(e)}",
+                        remedy(checkpoint) or "check that the checkpoint is whole; download it again if not") from e
+    _refuse_unfit(checkpoint, info, whole=False)  # the text model is left over
+    return model
+
+
 def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bool, shards: int,
                    sight: Sight) -> dict[str, Any]:
     """What ``from_pretrained`` is told of the device, of four bits and of shards."""
@@ -161,14 +189,17 @@ def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bo
     return extra
 
 
-def _refuse_unfit(checkpoint: Path, info: Mapping[str, Any]) -> None:
+def _refuse_unfit(checkpoint: Path, info: Mapping[str, Any], whole: bool = True) -> None:
     """Refuse weights that are missing, left over or of another shape, as ``from_pretrained`` tells them.
+
+    Args:
+        whole: all of the text model was loaded; towers may be left over.
 
     Raises:
         UserError: the first of them, and how many more.
     """
-    # The towers of a multimodal checkpoint are left over.
-    unfit = [(kind, key) for kind, key in unfit_keys(info) if not (kind == "unexpected" and TOWERS.search(key))]
+    unfit = [(kind, key) for kind, key in unfit_keys(info)
+             if not (kind == "unexpected" and (TOWERS.search(key) or not whole))]
     if problems := [f"{kind} keys: {key}" for kind, key in unfit]:
         more = [f"… and {len(problems) - _SHOWN:,} more"] if problems[_SHOWN:] else []
         raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",

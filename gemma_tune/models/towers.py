@@ -3,8 +3,8 @@ read and to hold, and Gemma 3n runs without the package that its eye is from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.machine import keeping_garbage
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 _EYE, _EAR = "vision_config", "audio_config"
 
 
-@contextmanager
-def without_towers(config: PreTrainedConfig, sees: bool = False) -> Iterator[None]:
+def without_towers(config: PreTrainedConfig, sees: bool = False) -> AbstractContextManager[None]:
     """Models that transformers makes of ``config`` meanwhile have an empty module in the place of each tower.
 
     The names of all other modules stay as they are, and so those of an adapter for the whole model. Families with a
@@ -26,20 +25,30 @@ def without_towers(config: PreTrainedConfig, sees: bool = False) -> Iterator[Non
     Args:
         sees: whether the tower for pictures stays.
     """
+    return _without(config, (_EAR,) if sees else (_EYE, _EAR))
+
+
+def without_text(config: PreTrainedConfig) -> AbstractContextManager[None]:
+    """The same for all but the tower for pictures, and what lies between it and the text model."""
+    return _without(config, ("text_config", _EAR))
+
+
+@contextmanager
+def _without(config: PreTrainedConfig, names: Sequence[str]) -> Iterator[None]:
+    """An empty module in the place of each part whose settings ``config`` has under one of these names."""
     with keeping_garbage():
         from torch import nn
         from transformers import AutoModel, PreTrainedModel
-    towers = {type(part) for name in ((_EAR,) if sees else (_EYE, _EAR))
-              if (part := getattr(config, name, None)) is not None}
+    parts = {type(part) for name in names if (part := getattr(config, name, None)) is not None}
 
     def absent(made: Any) -> Any:
         def make(kind: type, config: PreTrainedConfig, *args: Any, **settings: Any) -> Any:
-            return nn.Module() if type(config) in towers else made(kind, config, *args, **settings)
+            return nn.Module() if type(config) in parts else made(kind, config, *args, **settings)
 
         return classmethod(make)
 
     by_itself = vars(PreTrainedModel)["_from_config"]
-    # A family asks the one or the other for its towers. The first is inherited, so hidden and found again.
+    # A family asks the one or the other for its parts. The first is inherited, so hidden and found again.
     AutoModel.from_config = absent(AutoModel.from_config.__func__)
     PreTrainedModel._from_config = absent(by_itself.__func__)
     try:

@@ -1,0 +1,44 @@
+"""Pictures that are shown while a model answers: looked at when their features are first asked for."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_tune.answers.sight import Features, see
+from gemma_tune.encoding.eye import Eye
+from gemma_tune.models.load import load_towers
+from gemma_tune.models.placement import Placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KEPT = 128  # pictures whose features stay, of a megabyte each
+
+
+class Looking:
+    """Features of pictures by name; the towers are loaded for the first of them.
+
+    Args:
+        checkpoint: the one whose towers look.
+        eye: what knows where the pictures lie.
+    """
+
+    def __init__(self, checkpoint: Path, eye: Eye, placement: Placement):
+        self.checkpoint, self.eye, self.placement = checkpoint, eye, placement
+        self._towers: PreTrainedModel | None = None
+        self._seen = lru_cache(_KEPT)(self._see)
+
+    def __getitem__(self, name: str) -> Features:
+        """Features of a picture.
+
+        Raises:
+            UserError: the towers cannot be loaded.
+        """
+        return self._seen(name)
+
+    def _see(self, name: str) -> Features:
+        if self._towers is None:
+            self._towers = load_towers(self.checkpoint, self.placement)
+        return see(self._towers, self.eye, name)
