@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
-from gemma_tune.encoding.eye import pictures_of
 
 Read = TypeVar("Read")
 LOOKED_AT = 100  # rows of each file that are looked at for prompts
@@ -31,6 +30,8 @@ class Prompt:
     @property
     def pictures(self) -> tuple[str, ...]:
         """Names of the files of its pictures, in order."""
+        from gemma_tune.encoding.eye import pictures_of  # which loads numpy
+
         return tuple(pictures_of(self.messages))
 
     def ids(self, chat: Any) -> list[int]:

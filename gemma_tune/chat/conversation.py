@@ -14,12 +14,14 @@ from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
 from gemma_tune.chat.ahead import Ahead
+from gemma_tune.chat.pictures import Picture, Shown, as_row, pictures_in
 from gemma_tune.chat.preferences import Opinion, is_broken, is_cut
 from gemma_tune.chat.saves import Saves
 from gemma_tune.chat.voice import Voice
 from gemma_tune.chat.voices import Voices
 from gemma_tune.config.settings import converted, types_of
 from gemma_tune.config.stages import ChatConfig, SamplingConfig
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.run.session import Session
 from gemma_tune.run.state import keep_stamps
 
@@ -27,6 +29,7 @@ __all__ = ["Conversation", "open_conversation"]
 # What /set changes; the seed is no part of how an answer is drawn, but of which one is.
 CHANGEABLE = (*(f.name for f in fields(SamplingConfig)), "seed")
 _NO_TEXT = "an answer has bytes that are no characters (U+FFFD), so there is no pair to learn from"
+_PICTURES = "nothing is learned from pairs of answers about pictures, so no pair is kept; /save keeps the conversation"
 _ROOM_TO_WARN = 0.2  # of the context: from here on it is nearly full
 
 
@@ -37,6 +40,9 @@ class Conversation:
     Args:
         answering: who answers now, or is being loaded to.
         voices: opens others; None where there are none.
+
+    Attributes:
+        waiting: pictures that are shown with the next question.
     """
 
     answering: Voice | Ahead
@@ -46,6 +52,8 @@ class Conversation:
     system: str | None = None
     turns: list[dict[str, Any]] = field(default_factory=list)
     comparing: bool = False
+    shown: Shown = field(default_factory=Shown)
+    waiting: list[Picture] = field(default_factory=list, init=False)
     _opinions: dict[int, Opinion] = field(default_factory=dict, init=False)  # by number of the exchange
 
     @property
@@ -78,14 +86,29 @@ class Conversation:
         Raises:
             UserError: a conversation that cannot be rendered, or fills the context.
         """
-        return (voice or self.voice).ask([*self.messages, {"role": "user", "content": text}], self.config)
+        return (voice or self.voice).ask([*self.messages, self.question(text)], self.config)
+
+    def show(self, path: Path) -> None:
+        """Show a picture with the next question, behind those that wait for it.
+
+        Raises:
+            UserError: it is no picture, or who answers takes none.
+        """
+        picture = self.shown.picture(path)
+        self.voice.require_sight()
+        self.waiting.append(picture)
+
+    def question(self, text: str) -> dict[str, Any]:
+        """The user's next turn."""
+        return {"role": "user", "content": text} | ({PICTURES: [*self.waiting]} if self.waiting else {})
 
     def keep(self, text: str, answer: Answer) -> bool:
         """Remember a question and its answer, if that has text. One that was cut off is nothing to learn from, should
         it be saved."""
         if not answer.text.strip():
             return False
-        self.turns += [{"role": "user", "content": text}, _turn(answer)]
+        self.turns += [self.question(text), _turn(answer)]
+        self.waiting.clear()
         return True
 
     def undo(self) -> str:
@@ -124,10 +147,12 @@ class Conversation:
         """
         question, before = self.last_question(), self.turns[-2:]
         del self.turns[-2:]
-        left = len(self.turns)
+        left, waiting = len(self.turns), self.waiting
+        self.waiting = [*before[0].get(PICTURES, ())]
         try:
             yield question
         finally:
+            self.waiting = waiting
             if len(self.turns) == left:
                 self.turns += before
 
@@ -166,7 +191,7 @@ class Conversation:
         pairs = self._keep_pairs(opinion)
         if is_cut(self.turns[-1]):
             return 0, "it was cut off, so no pair is kept; /fix TEXT gives it its right text"
-        return pairs, _NO_TEXT
+        return pairs, self._why_no_pair
 
     def correct(self, text: str) -> tuple[int, str]:
         """Put ``text`` in the place of the last answer, and keep that it is better.
@@ -187,13 +212,21 @@ class Conversation:
         pairs = self._keep_pairs(opinion)
         if not differs:
             return 0, "the same text as before but for white space, so there is no pair to learn from"
-        return pairs, _NO_TEXT
+        return pairs, self._why_no_pair
 
     def _keep_pairs(self, opinion: Opinion) -> int:
-        pairs = opinion.pairs(self.messages[:-1])
+        pairs = [] if self._shows_pictures else opinion.pairs(self.messages[:-1])
         assert self.saves is not None
         opinion.rows = self.saves.pairs.put(opinion.rows, pairs)
         return len(pairs)
+
+    @property
+    def _shows_pictures(self) -> bool:
+        return any(pictures_in(self.messages))
+
+    @property
+    def _why_no_pair(self) -> str:
+        return _PICTURES if self._shows_pictures else _NO_TEXT
 
     @property
     def _number(self) -> int:
@@ -220,7 +253,7 @@ class Conversation:
         if self.cut == len(self.turns) // 2:
             raise UserError("every answer was cut off, so there is nothing to learn from",
                             "/fix TEXT gives the last one its right text")
-        return self.saves.save(self.messages, name)
+        return self.saves.save([as_row(turn) for turn in self.messages], name)
 
     @property
     def cut(self) -> int:
@@ -230,6 +263,7 @@ class Conversation:
     def reset(self, system: str | None = None) -> None:
         """Forget the turns; ``system`` replaces the system prompt when it is given (empty text removes it)."""
         self.turns.clear()
+        self.waiting.clear()
         self._opinions.clear()
         if self.saves:
             self.saves.forget()
@@ -291,7 +325,8 @@ class Conversation:
         return max(0, context - used)
 
     def close(self) -> None:
-        """Free the models, when one that is being loaded is there."""
+        """Free the models, when one that is being loaded is there, and remove copies of pictures."""
+        self.shown.close()
         if self.ahead is not None:
             with contextlib.suppress(Exception):
                 self.ahead.wait()
@@ -322,11 +357,12 @@ def _value(name: str, text: str) -> Any:
     return converted(types_of(ChatConfig)[name], int(text) if whole else text)
 
 
-def open_conversation(session: Session, *, ahead: bool = False) -> Conversation:
+def open_conversation(session: Session, *, ahead: bool = False, talking: bool = False) -> Conversation:
     """Load the model that the settings name, or what is there.
 
     Args:
         ahead: return at once, and load it in a thread.
+        talking: with a person, for as long as they like.
 
     Raises:
         UserError: nothing that can answer, damaged or missing files; with ``ahead`` what is found while loading is
@@ -343,4 +379,4 @@ def open_conversation(session: Session, *, ahead: bool = False) -> Conversation:
         return seeded(voices.open(voices.choice.name, pair=config.compare), config)
 
     return Conversation(Ahead(load) if ahead else load(), config, saves, voices, config.system,
-                        comparing=config.compare)
+                        comparing=config.compare, shown=Shown(copied=talking))

@@ -9,7 +9,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +20,7 @@ from gemma_tune.base.machine import next_of
 from gemma_tune.base.strict_json import loads, reason
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.conversation import Conversation
+from gemma_tune.chat.pictures import Shown
 from gemma_tune.chat.voice import Voice
 from gemma_tune.data.conversations import layouts
 from gemma_tune.data.conversations.layouts import SYSTEMS
@@ -27,11 +28,13 @@ from gemma_tune.data.conversations.pictures import pictures_in
 from gemma_tune.data.conversations.problems import Problem, damaged
 from gemma_tune.data.conversations.tools import declarations
 from gemma_tune.data.conversations.turns import Turn, conversation
+from gemma_tune.encoding.eye import PICTURES
 
 _HEAD = 4096  # bytes in which a file that is no text shows it
 WINDOW = 256  # prompts that are sorted by length and answered before the next are looked at
 _BESIDE_MESSAGES = (*SYSTEMS, "tools", "functions")
-_READ = ("id", "prompt", "messages", *_BESIDE_MESSAGES)
+_IMAGES = "images"
+_READ = ("id", "prompt", "messages", _IMAGES, *_BESIDE_MESSAGES)
 _SHAPE = 'a line is {"messages": […]} or {"prompt": "…"}'
 _PIPED = "pipe prompts into the command, one on each line, or give one with --prompt"
 
@@ -45,6 +48,7 @@ class Asked:
         prompt: what was asked; None for a whole conversation.
         messages: the turns, without the chat's own system prompt.
         given: a whole conversation as it stands in the row.
+        images: what the row has as the pictures of a prompt.
         named: ``id`` of the row, if it has one.
         unread: names of what else the row has.
         problem: why it cannot be asked.
@@ -58,23 +62,27 @@ class Asked:
     problem: UserError | None = None
     unread: tuple[str, ...] = ()
     given: Any = None
+    images: Any = None
 
     @property
     def echo(self) -> dict[str, Any]:
         """What a program finds its question by."""
-        return self.named | ({"prompt": self.prompt} if self.prompt is not None
-                             else {} if self.given is None else {"messages": self.given})
+        return (self.named | ({"prompt": self.prompt} if self.prompt is not None
+                              else {} if self.given is None else {"messages": self.given})
+                | ({_IMAGES: self.images} if self.images else {}))
 
 
 Result = Answer | UserError
 
 
-def read(lines: Iterable[str], called: str, rows_only: bool = False) -> Iterator[Asked]:
+def read(lines: Iterable[str], called: str, rows_only: bool = False, shown: Shown | None = None,
+         folder: Path = Path()) -> Iterator[Asked]:
     """Lines that are not blank: each a prompt, or a JSON object with ``messages`` or ``prompt``.
 
     Args:
         called: the file, as people are told.
         rows_only: every line is such an object, as in a .jsonl file; elsewhere a line that is none is a prompt.
+        shown: takes the pictures of the rows, whose paths begin at ``folder``.
 
     Raises:
         UserError: the input cannot be read at all.
@@ -90,7 +98,7 @@ def read(lines: Iterable[str], called: str, rows_only: bool = False) -> Iterator
                 text = as_text(line, where, encoding).rstrip("\r\n")
                 text = text.removeprefix("\ufeff") if number == 1 else text  # with which Windows' programs begin
                 if text.strip():
-                    yield _asked(text, where, rows_only)
+                    yield _with_pictures(_asked(text, where, rows_only), shown or Shown(), folder)
             except UserError as e:
                 yield Asked(where, problem=e)
     except OSError as e:  # it is a directory, or a terminal that has gone
@@ -123,6 +131,16 @@ def _asked(line: str, where: str, rows_only: bool) -> Asked:
     return Asked(where, line, [{"role": "user", "content": line}])
 
 
+def _with_pictures(asked: Asked, shown: Shown, folder: Path) -> Asked:
+    """A question whose turns say where their pictures lie."""
+    if asked.problem is not None:
+        return asked
+    try:
+        return replace(asked, messages=[shown.resolved(turn, folder) for turn in asked.messages])
+    except UserError as e:
+        return replace(asked, problem=UserError(f"{asked.where}: {e.message}", e.hint))
+
+
 def _of_row(row: dict[str, Any], where: str) -> Asked:
     """A JSON object; one that is no prompt and no conversation has its problem, and keeps its ``id``."""
     named = {"id": row["id"]} if "id" in row else {}
@@ -153,9 +171,25 @@ def _question_in(row: dict[str, Any], where: str, named: dict[str, Any]) -> Aske
         if unread := [name for name in _BESIDE_MESSAGES if row.get(name)]:
             raise UserError(f"{where}: {' and '.join(unread)} beside a prompt would not be asked",
                             'write a conversation: {"messages": [{"role": "system", …}, …], "tools": […]}')
-        return Asked(where, row["prompt"], [{"role": "user", "content": row["prompt"]}], named=named, unread=others)
+        turn = {"role": "user", "content": row["prompt"]} | _pictures_of(row, where)
+        return Asked(where, row["prompt"], [turn], named=named, unread=others, images=row.get(_IMAGES))
     turns, tools = _conversation_in(row, where)
+    if row.get(_IMAGES) and not any(PICTURES in turn for turn in turns):
+        raise UserError(f"{where}: images beside messages would not be shown",
+                        'write them into a turn: "content": [{"type": "image", "path": "a.png"}, …]')
     return Asked(where, messages=turns, tools=tools, named=named, unread=others, given=row["messages"])
+
+
+def _pictures_of(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a prompt's turn has of its pictures, as turns of conversations have them.
+
+    Raises:
+        UserError: they are no paths.
+    """
+    names = row.get(_IMAGES) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{where}: images are no list of paths", '{"prompt": "…", "images": ["a.png"]}')
+    return {PICTURES: [{"at": 0, "path": name} for name in names]} if names else {}
 
 
 def _conversation_in(row: dict[str, Any], where: str) -> tuple[list[Turn], list[Turn] | None]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import json_bytes
+from gemma_tune.chat.pictures import as_row
+from gemma_tune.encoding.eye import PICTURES
 
 _CALLED = {"system": "System", "user": "You", "assistant": "Model"}
 _JSON = (".json", ".jsonl")
@@ -29,7 +31,7 @@ def export(messages: Sequence[Mapping[str, Any]], which: str, folder: Path, name
     if not any(turn["role"] == "assistant" for turn in messages):
         raise UserError("there is no conversation to export yet", "ask something first")
     path = Path(os.path.expanduser(name)) if name else folder / f"chat-{dt.datetime.now():%Y%m%d-%H%M%S}.md"
-    content = (json_bytes({"messages": list(messages)}) if path.suffix.lower() in _JSON
+    content = (json_bytes({"messages": [as_row(turn) for turn in messages]}) if path.suffix.lower() in _JSON
                else markdown(messages, which).encode("utf-8", "replace"))
     try:
         with open(path, "xb") as file:
@@ -44,5 +46,7 @@ def export(messages: Sequence[Mapping[str, Any]], which: str, folder: Path, name
 def markdown(messages: Sequence[Mapping[str, Any]], which: str) -> str:
     """A conversation as Markdown; what an answer has of it stays."""
     parts = [f"# Conversation with {which}\n"]
-    parts += [f"## {_CALLED[turn['role']]}\n\n{turn['content'].strip(chr(10))}\n" for turn in messages]
+    for turn in messages:
+        pictures = "".join(f"![{Path(one['path']).name}](<{one['path']}>)\n\n" for one in turn.get(PICTURES, ()))
+        parts.append(f"## {_CALLED[turn['role']]}\n\n{pictures}{turn['content'].strip(chr(10))}\n")
     return "\n".join(parts)

@@ -39,6 +39,13 @@ class Voice(Protocol):
         """Answers to conversations that have nothing to do with each other, in their order, each as soon as it and
         those before it are there; an error for one that cannot be answered, and the others all the same."""
 
+    def require_sight(self) -> None:
+        """Find out that it can be shown pictures.
+
+        Raises:
+            UserError: it cannot; why, and who can.
+        """
+
     def seed(self, seed: int | None) -> None:
         """Let the sampling begin anew from a seed; without one, from nowhere that could be repeated."""
 

@@ -130,8 +130,8 @@ def tune(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, minut
 
 @app.command(cls=Command)
 def chat(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, prompt: o.Prompt = None,
-         input: o.Input = None, system: o.System = None, use: o.Use = None, base: o.Base = None,
-         merged: o.Merged = None, quant: o.Answering = None, compare: o.Compare = None,
+         image: o.Image = None, input: o.Input = None, system: o.System = None, use: o.Use = None,
+         base: o.Base = None, merged: o.Merged = None, quant: o.Answering = None, compare: o.Compare = None,
          temperature: o.Temperature = None, top_p: o.TopP = None, top_k: o.TopK = None,
          repetition_penalty: o.RepetitionPenalty = None, max_new_tokens: o.MaxNewTokens = None,
          seed: o.SampleSeed = None, dtype: o.Dtype = None, quiet: o.Quiet = False, json: o.Json = False,
@@ -147,6 +147,7 @@ def chat(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, promp
     import sys
 
     from gemma_tune.chat.conversation import open_conversation
+    from gemma_tune.chat.pictures import require_picture
     from gemma_tune.chat.scripts import open_input
     from gemma_tune.cli.chat.loop import converse
     from gemma_tune.cli.chat.scripts import all_of, one_prompt
@@ -161,15 +162,20 @@ def chat(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, promp
                         'name one: gemma-tune chat --prompt "…"')
     if input not in (None, "-"):
         open_input(input)[0].close()  # before a model is loaded
+    talking = prompt is None and input is None and screen.stdin_is_terminal() and not json
+    if image and prompt is None and not talking:
+        raise UserError("--image needs the question about it", 'add it: --prompt "What is this?"; rows of --input name '
+                        'their own pictures: {"prompt": "…", "images": ["a.png"]}')
+    pictures = [require_picture(name) for name in image or ()]
     session = request.open("chat")
-    if prompt is None and input is None and screen.stdin_is_terminal() and not json:
-        return converse(session)
+    if talking:
+        return converse(session, pictures)
     conversation = open_conversation(session)
     try:
         if prompt is None:
             all_of(conversation, input, json)
         else:
-            one_prompt(conversation, prompt, json)
+            one_prompt(conversation, prompt, json, pictures)
     finally:
         conversation.close()
 

@@ -206,6 +206,9 @@ Input = Annotated[Optional[str], typer.Option(
          ".jsonl always); `-` is standard input.")]
 SampleSeed = Annotated[Optional[int], _of(c.ChatConfig, "seed")]
 Prompt = Annotated[Optional[str], typer.Option("--prompt", "-p", help="Answer this and leave.", show_default=False)]
+Image = Annotated[Optional[list[str]], typer.Option(
+    "--image", metavar="FILE", show_default=False,
+    help="Show this picture with --prompt, or with the first question of a conversation. Can be given several times.")]
 
 Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
 EvalData = Annotated[Optional[str], _of(c.EvalConfig, "data", metavar="FILE")]

@@ -23,7 +23,7 @@ _TEMPLATE = ("{{{{ bos_token }}}}{{% for m in messages %}}{{{{ m.role }}}}:{{% i
 def make(name: str, folder: Path) -> Path:
     """A bf16 checkpoint of this family, which writes a chat template's places for pictures."""
     if name == "gemma3":
-        return make_seeing(folder)
+        return _wandering(make_seeing(folder))
     seer = _qwen3_vl(folder) if name == "qwen3-vl" else towers.make_seer(name, folder)
     if name.startswith("gemma4"):  # whose random tower knows no more than 40 places to a side
         path = folder / "processor_config.json"
@@ -55,6 +55,20 @@ def asked(text: str, *names: str) -> dict[str, Any]:
     """A question with these pictures before it."""
     shown = {"pictures": [{"at": 0, "file": f"pictures/{name}"} for name in names]} if names else {}
     return {"role": "user", "content": text} | shown
+
+
+def _wandering(folder: Path) -> Path:
+    """The Gemma 3 with a head of its own: with tied embeddings a random model only repeats the last token."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    config = Gemma3Config.from_pretrained(folder)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    network = Gemma3ForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.bfloat16)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(network.lm_head.weight, std=0.5)
+    network.save_pretrained(folder)
+    return folder
 
 
 def _qwen3_vl(folder: Path) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.table import Table
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, near, nearest
 from gemma_tune.chat.conversation import CHANGEABLE, Conversation
+from gemma_tune.chat.pictures import paths_in, pictures_in
 from gemma_tune.chat.transcript import export
 from gemma_tune.cli import console, screen
 from gemma_tune.cli.chat.say import say, say_place
@@ -119,6 +121,30 @@ def _retry(talk: Talk, rest: str) -> None:
             else "(the same answer again; a higher /set temperature draws others)")
 
 
+def _image(talk: Talk, rest: str) -> None:
+    waiting = talk.conversation.waiting
+    if rest:
+        talk.somebody_answers()
+        show(talk, paths_in(rest))
+    elif waiting:
+        waiting.clear()
+        say("(no picture is shown with the next question)")
+    else:
+        raise UserError("/image needs a path", "/image PATH shows a picture with the next question; the file can be "
+                                               "dragged into the terminal")
+
+
+def show(talk: Talk, paths: Sequence[Path]) -> None:
+    """Show pictures with the next question.
+
+    Raises:
+        UserError: one of them cannot be; those before it are.
+    """
+    for path in paths:
+        talk.conversation.show(path)
+        say_place(f"(shown with the next question: {path})")
+
+
 def _undo(talk: Talk, rest: str) -> None:
     question = talk.conversation.undo()
     left = counted(len(talk.conversation.turns) // 2, "exchange")
@@ -223,6 +249,8 @@ def _history(talk: Talk, rest: str) -> None:
     called = {"system": "system", "user": "you", "assistant": "model"}
     for turn in talk.conversation.messages:
         say(f"{called[turn['role']]}:")
+        for picture in pictures_in([turn]):
+            say_place(f"({picture['path']})")
         say(turn["content"], style="")
     if not talk.conversation.messages:
         say("(nothing was said yet)")
@@ -250,6 +278,7 @@ COMMANDS = {
     "/help": Command(_help, "", "this help"),
     "/system": Command(_system, "TEXT", "new system prompt, and a new conversation; no TEXT removes it"),
     "/reset": Command(_reset, "", "forget the conversation"),
+    "/image": Command(_image, "PATH", "show a picture with the next question; alone: show none"),
     "/retry": Command(_retry, "", "answer the last question again"),
     "/better": Command(_better, "1|2", "after /retry, which answer is better; after /compare: base|tuned"),
     "/undo": Command(_undo, "", "take the last question and its answer back"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -16,11 +18,12 @@ from gemma_tune.base.listener import Held
 from gemma_tune.base.machine import Terminated, end_at_once
 from gemma_tune.base.words import counted
 from gemma_tune.chat.conversation import Conversation, open_conversation
+from gemma_tune.chat.pictures import are_pictures
 from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.voice import Voice
 from gemma_tune.cli import screen
 from gemma_tune.cli.chat import markdown, typing
-from gemma_tune.cli.chat.commands import is_command, obey
+from gemma_tune.cli.chat.commands import is_command, obey, show
 from gemma_tune.cli.chat.say import cut_off, figures, in_context, say
 from gemma_tune.cli.spinner import keeping_still
 from gemma_tune.gguf.engine import end_all
@@ -29,8 +32,11 @@ from gemma_tune.run.session import Session
 _COLUMNS = 80  # cells of a terminal from which on two answers find room beside each other
 
 
-def converse(session: Session) -> None:
+def converse(session: Session, pictures: Sequence[Path] = ()) -> None:
     """Ask and answer until the user leaves; where there is a line editor, the model is loaded while one types.
+
+    Args:
+        pictures: shown with the first question.
 
     Raises:
         UserError: nothing that can answer, damaged or missing files.
@@ -39,17 +45,19 @@ def converse(session: Session) -> None:
     if not (ahead := isinstance(typist, typing.Editor)):
         said.let_go()
     try:
-        conversation = open_conversation(dataclasses.replace(session, listener=said), ahead=ahead)
+        conversation = open_conversation(dataclasses.replace(session, listener=said), ahead=ahead, talking=True)
     finally:
         said.tell()
-    interactive(conversation, typist, said)
+    interactive(conversation, typist, said, pictures)
 
 
-def interactive(conversation: Conversation, typist: typing.Plain | typing.Editor, said: Held) -> None:
+def interactive(conversation: Conversation, typist: typing.Plain | typing.Editor, said: Held,
+                pictures: Sequence[Path] = ()) -> None:
     """Ask and answer until the user leaves. Ctrl-C stops an answer, or clears the line being typed.
 
     Args:
         said: hears what is said of models that are loaded, in whatever thread.
+        pictures: shown with the first question.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -58,6 +66,9 @@ def interactive(conversation: Conversation, typist: typing.Plain | typing.Editor
     say("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
     try:
         try:
+            if pictures:
+                talk.somebody_answers()
+                show(talk, pictures)
             talk.run()
         except Terminated:
             _leave_the_load(conversation, INTERRUPTED)
@@ -77,6 +88,7 @@ def _leave_the_load(conversation: Conversation, code: int) -> None:
     if ahead is None or not ahead.going_on:
         return
     end_all()
+    conversation.shown.close()
     with keeping_still():  # the line of what is loaded hides the cursor
         if code:
             with contextlib.suppress(OSError, screen.OutputLost):  # the terminal has gone
@@ -100,6 +112,8 @@ class Talk:
                 line = self._read()
                 if is_command(line):
                     obey(self, line)
+                elif are_pictures(line):  # dragged into the terminal
+                    obey(self, f"/image {line}")
                 elif line.strip():
                     self.answer(line)
             except UserError as e:

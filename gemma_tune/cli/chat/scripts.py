@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -22,14 +23,16 @@ from gemma_tune.cli.chat.loop import end
 from gemma_tune.cli.chat.say import cut_off, say
 
 
-def one_prompt(conversation: Conversation, prompt: str, as_json: bool) -> None:
-    """Answer what ``--prompt`` asks.
+def one_prompt(conversation: Conversation, prompt: str, as_json: bool, pictures: Sequence[Path] = ()) -> None:
+    """Answer what ``--prompt`` asks about the pictures of ``--image``.
 
     Raises:
         UserError: it cannot be answered.
     """
     text = prompt.rstrip("\r\n")
-    asked = Asked("--prompt", text, [{"role": "user", "content": text}])
+    for path in pictures:
+        conversation.show(path)
+    asked = Asked("--prompt", text, [conversation.question(text)], images=[str(path) for path in pictures])
     problems = _Problems()
     _answer(conversation, [[asked]], as_json, problems, alone=True)
     problems.tell_cut()
@@ -53,7 +56,8 @@ def all_of(conversation: Conversation, name: str | None, as_json: bool) -> None:
             lines, called, rows_only = open_input(name)
             stack.enter_context(lines)
             whole = True
-        groups = windows(read(lines, called, rows_only), whole)
+        folder = Path() if name in (None, "-") else Path(called).parent
+        groups = windows(read(lines, called, rows_only, conversation.shown, folder), whole)
         _answer(conversation, groups, as_json, problems, one_by_one=conversation.config.seed is not None and not whole)
     problems.tell_cut()
     problems.tell_unread()

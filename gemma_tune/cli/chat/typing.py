@@ -19,6 +19,7 @@ from gemma_tune.base.secrets import redact
 from gemma_tune.base.words import as_text
 from gemma_tune.chat.ahead import Ahead
 from gemma_tune.chat.conversation import CHANGEABLE
+from gemma_tune.chat.pictures import SUFFIXES
 from gemma_tune.chat.preferences import COMPARED
 from gemma_tune.chat.scripts import keep_bytes
 from gemma_tune.cli import screen
@@ -207,6 +208,8 @@ def _completer() -> Any:
     from prompt_toolkit.document import Document
 
     paths = PathCompleter(expanduser=True)
+    pictures = PathCompleter(expanduser=True, file_filter=lambda name: (
+        os.path.isdir(os.path.expanduser(name)) or name.lower().endswith(SUFFIXES)))
     words = {"/set": (*CHANGEABLE, "markdown"), "/compare": ("on", "off"), "/better": ("1", "2", *COMPARED)}
 
     class Commands(Completer):
@@ -221,6 +224,8 @@ def _completer() -> Any:
                         yield Completion(known, -len(name), display_meta=command.help)
             elif name in ("/save", "/export"):
                 yield from paths.get_completions(Document(rest), event)
+            elif name == "/image":
+                yield from pictures.get_completions(Document(rest), event)
             else:
                 yield from (Completion(word, -len(rest)) for word in words.get(name, ()) if word.startswith(rest))
 
