@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gemma_tune.answers.generation import Answer, prompt_ids, room_in
@@ -14,9 +15,11 @@ from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.checkpoint import context_length, generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import exported, without_gguf
+from gemma_tune.chat.pictures import as_png, pictures_in
 from gemma_tune.chat.voice import one_after_another, sampling_of
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.gguf.engine import Engine, engine_name
 from gemma_tune.run.directory import command
@@ -56,9 +59,34 @@ class LlamaStream(Streaming):
                     break
 
 
+class LlamaTalk(Streaming):
+    """An answer of llama.cpp to a conversation with pictures, whose prompt it makes itself."""
+
+    def __init__(self, engine: Engine, messages: list[dict[str, Any]], limit: int, settings: dict[str, Any]):
+        self._engine, self._messages, self._limit, self._settings = engine, messages, limit, settings
+        self._tokens = 0
+        super().__init__(Pieces(None), None)
+
+    def answer(self) -> Answer:
+        return Answer(self._pieces.text, self._tokens, self._pieces.ended)
+
+    def _make(self) -> None:
+        with contextlib.closing(self._engine.talk(self._messages, self._limit, **self._settings)) as parts:
+            for text, self._tokens, self._pieces.ended, read in parts:
+                self.prompt_tokens = read or None
+                if text:
+                    self._pieces.say(text)
+                if self.stopping.is_set():
+                    break
+
+
 @dataclass
 class LlamaVoice:
-    """See :class:`gemma_tune.chat.voice.Voice`."""
+    """See :class:`gemma_tune.chat.voice.Voice`.
+
+    Args:
+        gguf, projector: the files; the second, with which the model sees, is loaded with the first picture.
+    """
 
     which: str
     context: int
@@ -66,15 +94,41 @@ class LlamaVoice:
     chat: ChatFormat
     own: dict[str, Any]  # the model's generation settings
     name: str = "gguf"
+    gguf: Path | None = None
+    projector: Path | None = None
+    _sees: bool = False
     _seed: int | None = None
 
-    def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> LlamaStream:
+    def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Streaming:
+        if any(pictures_in(messages)):
+            self._open_eyes(tools)
+            sent = [_sent(turn) for turn in messages]
+            return LlamaTalk(self.engine, sent, config.max_new_tokens, self._settings(config))
         ids = prompt_ids(self.chat, messages, tools)
         limit = room_in(self.context, len(ids), config.max_new_tokens,
                         "the room that llama.cpp has here (--use adapter has all of the model's)")
+        return LlamaStream(self.engine, self.chat, ids, limit, self._settings(config))
+
+    def _settings(self, config: ChatConfig) -> dict[str, Any]:
         seed, self._seed = self._seed, None if self._seed is None else self._seed + 1  # another for each answer
-        return LlamaStream(self.engine, self.chat, ids, limit,
-                           sampling(arguments_of(self.own, sampling_of(config)), seed))
+        return sampling(arguments_of(self.own, sampling_of(config)), seed)
+
+    def require_sight(self) -> None:
+        if self.projector is None:
+            raise UserError("no picture can be shown, because the export has no file that the model sees with (mmproj)",
+                            "export-ollama writes it for a model that sees, unless --no-vision was said; or ask the "
+                            "adapter: --use adapter")
+
+    def _open_eyes(self, tools: Any) -> None:
+        """Load the files anew, with what the model sees with."""
+        self.require_sight()
+        if tools:
+            raise UserError("tools beside a picture are not asked through llama.cpp", "ask the adapter: --use adapter")
+        if not self._sees:
+            assert self.gguf is not None
+            self.engine.__exit__(None, None, None)
+            self.engine = Engine(self.gguf, self.context, talking=True, projector=self.projector)
+            self._sees = True
 
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         return one_after_another(self, asked, config)
@@ -84,6 +138,10 @@ class LlamaVoice:
 
     def close(self) -> None:
         self.engine.__exit__(None, None, None)
+
+
+def _sent(turn: Any) -> dict[str, Any]:
+    return {**turn, "images": list(map(as_png, turn.get(PICTURES, ())))}
 
 
 def open_gguf(session: Session) -> LlamaVoice:
@@ -111,4 +169,6 @@ def open_gguf(session: Session) -> LlamaVoice:
         except WorkFailed as e:
             raise WorkFailed(e.message, f"{command('export-ollama', run.root, '--force')} writes the file anew; or "
                              f"chat without it: --use {without_gguf(session)}") from e
-    return LlamaVoice(which, context, engine, chat, generation_settings(with_format))
+    sees = "projector" in session.manifest.stages["export-ollama"]["outputs"]
+    return LlamaVoice(which, context, engine, chat, generation_settings(with_format), gguf=gguf,
+                      projector=run.projector if sees else None)

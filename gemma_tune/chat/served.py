@@ -11,8 +11,10 @@ from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import figures_of
+from gemma_tune.chat.pictures import as_png, pictures_in
 from gemma_tune.chat.voice import one_after_another
 from gemma_tune.config.stages import ChatConfig
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.encoding.thinking import choice_in
 from gemma_tune.ollama.ask import capabilities
 from gemma_tune.ollama.client import install_hint
@@ -68,13 +70,22 @@ class OllamaVoice:
     _seed: int | None = None
 
     def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> OllamaStream:
+        if any(pictures_in(messages)):
+            self.require_sight()
         settings = asdict(config)
         options = {theirs: settings[ours] for ours, theirs in _OPTIONS.items() if settings[ours] is not None}
         options["num_predict"] = config.max_new_tokens
         if self._seed is not None:
             options["seed"] = self._seed
             self._seed += 1  # another for each answer
-        return OllamaStream(self.server, self.model, messages, options, tools, self.think)
+        return OllamaStream(self.server, self.model, [_sent(turn) for turn in messages], options, tools, self.think)
+
+    def require_sight(self) -> None:
+        known = capabilities(self.server, self.model)
+        if known and "vision" not in known:
+            raise UserError(f"no picture can be shown, because {self.which} takes text alone",
+                            "gemma-tune export-ollama --create makes a model that sees of one whose base does, unless "
+                            "--no-vision was said; or --use adapter")
 
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         return one_after_another(self, asked, config)
@@ -84,6 +95,11 @@ class OllamaVoice:
 
     def close(self) -> None:
         """The model stays in Ollama, which unloads it by itself."""
+
+
+def _sent(turn: Any) -> Any:
+    """A turn whose pictures Ollama gets; it puts them before the text."""
+    return {**turn, "images": list(map(as_png, turn[PICTURES]))} if turn.get(PICTURES) else turn
 
 
 def open_ollama(session: Session) -> OllamaVoice:

@@ -153,8 +153,7 @@ class Engine:
             EngineRefused: the model has no projector, or cannot take this picture.
             WorkFailed: llama.cpp breaks down.
         """
-        seen = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{as_text(picture)}"}}
-        asked = [{"role": "user", "content": [seen, {"type": "text", "text": question}]}]
+        asked = [_with_pictures({"role": "user", "content": question, "images": [picture]})]
         # Of a token that is a part of a character llama.cpp tells none, so another one is made to come; the
         # probabilities are those of before.
         plain = self.tokenize(question, add_special=False, parse_special=False)[-1]
@@ -179,26 +178,57 @@ class Engine:
             EngineRefused: llama.cpp refuses the request.
             WorkFailed: it breaks down.
         """
-        body = {"prompt": list(ids), "n_predict": count, "stream": True, "cache_prompt": True, **sampling}
         made = 0
+        for part in self._parts("/completion", prompt=list(ids), n_predict=count, **sampling):
+            ended = bool(part.get("stop")) and part.get("stop_type") == "eos"
+            made = part.get("tokens_predicted", made + 1) - ended
+            yield part.get("content") or "", made, ended
+            if part.get("stop"):
+                return
+        raise self._failed("llama.cpp ended its answer before it was whole")
+
+    def talk(self, messages: Sequence[Mapping[str, Any]], count: int, **sampling: Any
+             ) -> Iterator[tuple[str, int, bool, int]]:
+        """The same to a conversation that the GGUF's own chat template renders, as :meth:`stream` cannot be given
+        pictures.
+
+        Args:
+            messages: a turn's ``images`` are PNG or JPEG files, which stand before its text.
+
+        Yields:
+            as :meth:`stream`, and the tokens of the prompt.
+        """
+        made = read = 0
+        body = {"messages": [_with_pictures(turn) for turn in messages], "max_tokens": count,
+                "timings_per_token": True, "reasoning_format": "none"}
+        for part in self._parts("/v1/chat/completions", **body, **sampling):
+            timings, choice = part.get("timings") or {}, (part.get("choices") or [{}])[0]
+            made = timings.get("predicted_n", made)
+            read = timings.get("prompt_n", 0) + timings.get("cache_n", 0) or read
+            reason = choice.get("finish_reason")
+            ended = reason == "stop"
+            yield (choice.get("delta") or {}).get("content") or "", max(0, made - ended), ended, read
+            if reason:
+                return
+        raise self._failed("llama.cpp ended its answer before it was whole")
+
+    def _parts(self, endpoint: str, **body: Any) -> Iterator[dict[str, Any]]:
+        """The parts of an answer as they come."""
         try:
-            with self._client.stream("POST", "/completion", json=body) as reply:
+            with self._client.stream("POST", endpoint, json=body | {"stream": True, "cache_prompt": True}) as reply:
                 if reply.is_error:
                     reply.read()
                     raise _refused(reply.json(), reply.status_code)
                 for line in reply.iter_lines():
                     if line.startswith("data: {"):
                         part = json.loads(line.removeprefix("data: "))
-                        ended = bool(part.get("stop")) and part.get("stop_type") == "eos"
-                        made = part.get("tokens_predicted", made + 1) - ended
-                        yield part.get("content") or "", made, ended
-                        if part.get("stop"):
-                            return
+                        if "error" in part:
+                            raise _refused(part, 500)
+                        yield part
                     elif line.startswith("error: {"):
                         raise _refused({"error": json.loads(line.removeprefix("error: "))}, 500)
         except (httpx.HTTPError, ValueError) as e:
-            raise self._failed("llama.cpp broke down at /completion") from e
-        raise self._failed("llama.cpp ended its answer before it was whole")
+            raise self._failed(f"llama.cpp broke down at {endpoint}") from e
 
     def _post(self, endpoint: str, **body: Any) -> dict[str, Any]:
         try:
@@ -261,6 +291,14 @@ def end_all() -> None:
         _over.set()
         for process in _processes:
             process.kill()
+
+
+def _with_pictures(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn as llama.cpp takes it, whose ``images`` are parts of its content."""
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{as_text(picture)}"}}
+             for picture in turn.get("images", ())]
+    content = [*parts, {"type": "text", "text": turn["content"]}] if parts else turn["content"]
+    return {"role": turn["role"], "content": content}
 
 
 def _refused(content: Any, status: int) -> EngineRefused:

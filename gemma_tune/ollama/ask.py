@@ -110,8 +110,7 @@ def picture_answer(server: Server, name: str, picture: bytes, question: str, tim
         Refused: the server does not give this model pictures.
         WorkFailed: no answer in time, or an error from the server.
     """
-    request = _request(server, name, [{"role": "user", "content": question}], chat, num_predict)
-    request["messages"][0]["images"] = [as_text(picture)]
+    request = _request(server, name, [{"role": "user", "content": question, "images": [picture]}], chat, num_predict)
     return _message(_post(server, "/api/chat", request, timeout, f"show {name} a picture").content)["content"]
 
 
@@ -141,8 +140,11 @@ def _take_whole(request: dict[str, Any], tools: Sequence[Turn] | None, num_ctx: 
 
 
 def as_sent(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn as Ollama takes it, which has names of its own for reasoning and for the tool that answers."""
-    sent = {"role": turn["role"], "content": turn.get("content") or ""}
+    """A turn as Ollama takes it, which has names of its own for reasoning and for the tool that answers; its ``images``
+    are PNG or JPEG files."""
+    sent: dict[str, Any] = {"role": turn["role"], "content": turn.get("content") or ""}
+    if turn.get("images"):
+        sent["images"] = [as_text(picture) for picture in turn["images"]]
     if turn.get("reasoning_content"):
         sent["thinking"] = turn["reasoning_content"]
     if turn.get("tool_calls"):

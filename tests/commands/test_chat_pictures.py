@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from gemma_tune.answers.generation import _cut, prompt_ids
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.answers.stream import Pieces
 from gemma_tune.base.checkpoint import read_config
-from gemma_tune.chat import local
+from gemma_tune.chat import llama, local
 from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.gguf.engine import Engine
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models import looking
 from gemma_tune.models.load import load_model, load_towers
 from gemma_tune.models.placement import choose_placement
 from support import seers
 from support.command import copied_run, invoke, rows, write_rows
+from support.ollama import ANSWER, LoopbackOllama
 from support.seers import asked
 
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12", "--dtype", "fp32")
@@ -175,3 +179,52 @@ def test_a_model_that_takes_text_alone_says_so(cli, fluent, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "images": ["0.png"]}\n{"prompt": "Say number 3."}\n')
     result = cli("chat", "--input", "rows.jsonl", "--dtype", "fp32")
     assert result.code == 1 and "rows.jsonl:1: no picture can be shown" in result.err and "number is 3" in result.out
+
+
+# --- through other engines --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(cli, run):
+    """The export in one format, without what takes long."""
+    assert cli("merge", "--no-check").code == 0
+    return lambda *args: cli("export-ollama", "--quant", "f16", "--no-measure", "--no-verify", "--json", *args)
+
+
+def test_llama_cpp_is_shown_pictures_with_the_projector_of_the_export(cli, run, exported, monkeypatch):
+    assert exported("--no-create").code == 0
+    engines = []
+    monkeypatch.setattr(llama, "Engine", lambda *args, **more: engines.append(more.get("projector")) or Engine(*args, **more))
+    ask = ("chat", "--use", "gguf", "--json", *GREEDY)
+    answers = [json.loads(cli(*ask, "--prompt", "What is it?", *image).out) for image in ((), ("--image", "0.png"), ("--image", "1.png"))]
+    assert len({answer["answer"] for answer in answers}) == 3, "the picture matters"
+    assert all(answer["tokens"] == 12 and not answer["ended"] for answer in answers)
+    [projector] = run.glob("ollama/mmproj-*.gguf")
+    assert engines[0] is None and [path and path.name for path in engines[1:3]] == [None, projector.name], "with the first picture"
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+        {"prompt": "What is it?", "images": ["1.png"]}, {"prompt": "What is it?"}, {"prompt": "What is it?", "images": ["0.png"]})))
+    engines.clear()
+    found = [json.loads(line)["answer"] for line in cli(*ask, "--input", "questions.jsonl").out.splitlines()]
+    assert found == [answers[2]["answer"], answers[0]["answer"], answers[1]["answer"]] and len(engines) == 2
+    assert exported("--no-create", "--no-vision").code == 0
+    result = cli(*ask, "--prompt", "What is it?", "--image", "0.png")
+    assert result.code == 2 and "the export has no file that the model sees with (mmproj)" in result.err, result.err
+    assert "--use adapter" in result.err
+
+
+def test_ollama_gets_pictures(cli, run, exported, monkeypatch):
+    with LoopbackOllama() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        assert exported("--create").code == 0
+        server.requests.clear()
+        Image.open("0.png").save("turned.webp", lossless=True)
+        result = cli("chat", "--use", "ollama", "--prompt", "What is it?", "--image", "turned.webp", "--image", "1.png", "--json")
+        assert result.code == 0 and json.loads(result.out)["answer"] == ANSWER, result.err
+        [turn] = server.requests[-1].body["messages"]
+        assert turn["content"] == "What is it?" and turn.keys() == {"role", "content", "images"}
+        sent = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in turn["images"]]
+        assert [picture.format for picture in sent] == ["PNG", "PNG"]
+        assert [picture.tobytes() for picture in sent] == [Image.open(name).convert("RGB").tobytes() for name in ("0.png", "1.png")]
+        assert exported("--create", "--no-vision").code == 0
+        result = cli("chat", "--use", "ollama", "--prompt", "What is it?", "--image", "0.png")
+        assert result.code == 2 and "takes text alone" in result.err and "Traceback" not in result.err, result.err
