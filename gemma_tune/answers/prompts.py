@@ -107,7 +107,8 @@ def prepared_rows(path: Path, read: Callable[[Mapping[str, Any]], Read]) -> Iter
 
 
 def first_fitting(files: Iterable[Path], chat: Any, limit: int, count: int) -> list[Prompt]:
-    """The first prompts of prepared rows that ``limit`` tokens hold, shortened to that where they have to be.
+    """The first prompts of prepared rows that ``limit`` tokens hold, shortened to that where they have to be; of texts
+    alone, as those who ask these show no pictures.
 
     Args:
         files: of prepared rows, those first that training has not seen; one that is missing has none.
@@ -121,6 +122,8 @@ def first_fitting(files: Iterable[Path], chat: Any, limit: int, count: int) -> l
         for prompt in itertools.islice(read_prompts(path), LOOKED_AT) if path.exists() else ():
             if len(found) == count:
                 return found
+            if prompt.pictures:
+                continue
             with contextlib.suppress(FormatError):  # the data was prepared again, for another template
                 if fitted := prompt.fitted(chat, limit):
                     found.append(fitted)

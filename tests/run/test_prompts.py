@@ -52,3 +52,15 @@ def test_a_prompt_that_a_multimodal_model_was_trained_with_is_asked(tmp_path):
     assert held_out(run, Words(), 1, 256)[0].messages == json.loads(json.dumps(long["messages"][:1]))
     assert len(held_out(run, Words(), 9, 256)) == 6
     assert len(held_out(run, Words(), 9, 256, most=2048)) == 5
+
+
+def test_prompts_with_pictures_are_left_out(tmp_path):
+    """Those who ask them show none, and the others are asked all the same."""
+    run = session({"text_config": {"max_position_embeddings": 32768}}, tmp_path)
+    run.run.data.mkdir()
+    shown = {"messages": [{"role": "user", "content": "What?", "pictures": [{"at": 0, "file": "pictures/a.png"}]},
+                          {"role": "assistant", "content": "A cat."}]}
+    write_rows(run.run.valid_rows, [shown, *rows(2)])
+    write_rows(run.run.train_rows, [*rows(1), shown])
+    found = held_out(run, Words(), 9, 256)
+    assert len(found) == 3 and not any(prompt.pictures for prompt in found)
