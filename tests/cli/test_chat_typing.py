@@ -336,6 +336,26 @@ def test_a_context_that_is_nearly_full_is_said(terminal):
     assert shown.count("of context left") == 1
 
 
+def test_pictures_are_named_completed_and_dragged_into_the_terminal(terminal, tmp_path):
+    from support.seers import write_pictures
+
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    write_pictures(folder)
+    (folder / "0 notes.txt").write_text("no picture")
+    chat = terminal()
+    chat.child.send(f"/image {folder}/0")
+    time.sleep(0.5)
+    chat.child.send("\t")
+    time.sleep(0.5)
+    chat.type("", "shown with the next question: ", "0.png")
+    chat.type(f"'{folder}/1.png'", "shown with the next question: ", "1.png")  # as terminals write a file that is dragged
+    chat.type("what is it", "tuned says what is it and sees 0.png and sees 1.png", "in context)")
+    chat.type("and now", "tuned says and now", "in context)")
+    chat.type("/image none.png", "there is no picture none.png")
+    assert "notes.txt" not in chat.leave()
+
+
 def test_commands_are_completed_and_questions_come_back(terminal, tmp_path):
     chat = terminal()
     chat.child.send("/expo")

@@ -17,6 +17,7 @@ from gemma_tune.base.listener import Held
 from gemma_tune.base.loading import loading
 from gemma_tune.chat.ahead import Ahead
 from gemma_tune.chat.conversation import Conversation
+from gemma_tune.chat.pictures import Shown
 from gemma_tune.chat.saves import Saves
 from gemma_tune.cli.chat.loop import interactive
 from gemma_tune.cli.chat.typing import typist
@@ -58,7 +59,11 @@ class Voice:
         self.name, self.which, self.context = name, f"{name} model", 100
 
     def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Streaming:
-        return Repeats(self.name, messages[-1]["content"], len(messages))
+        seen = "".join(f" and sees {Path(one['path']).name}" for one in messages[-1].get("pictures", ()))
+        return Repeats(self.name, messages[-1]["content"] + seen, len(messages))
+
+    def require_sight(self) -> None:
+        pass
 
     def seed(self, seed: int | None) -> None:
         pass
@@ -101,7 +106,8 @@ def chat() -> None:
         return voices.open("tuned")
 
     answering = Ahead(load) if LOADS else load()
-    talk = Conversation(answering, ChatConfig(), Saves(RunDir(Path("run"), "m"), {}), voices)  # type: ignore[arg-type]
+    talk = Conversation(answering, ChatConfig(), Saves(RunDir(Path("run"), "m"), {}), voices,  # type: ignore[arg-type]
+                        shown=Shown(copied=True))
     interactive(talk, typist(), said)
 
 
