@@ -78,7 +78,6 @@ COMPUTES = {
     "alpha_pattern": (lambda v: _numbers_by_name(v, _number), "does not give numbers to names of layers"),
 }
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-NAMING = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", *_PATTERNS)  # of modules
 
 
 def _numbers_by_name(value: Any, kind: Any) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,14 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import is_out_of_memory, keeping_garbage
 from gemma_tune.base.words import first_line
-from gemma_tune.lora.config import NAMING, for_peft, how_to_renew
+from gemma_tune.lora.config import for_peft, how_to_renew, usable_config
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.patterns import refuse_endless
+from gemma_tune.lora.renamed import renamed_adapter, running_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gemma_tune.lora.files import Adapter
-
-_OF_TEXT, _WITH_SIGHT = "model.", "model.language_model."
 
 
 def import_peft() -> None:
@@ -55,6 +53,8 @@ def _compiling_at_the_first_call() -> Iterator[None]:
 def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = None) -> Any:
     """Put a trained adapter on a loaded base model, ready to answer.
 
+    The model may be loaded in another form than it was trained in: for text alone, or to see pictures.
+
     Args:
         vocabulary: entries that the adapter was trained with, where the base has another number.
 
@@ -62,8 +62,17 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         UserError: the adapter is missing, damaged, may not be read, or does not fit this model.
     """
     described = read_adapter(adapter)
-    config, renames = _as_named_in(model, described)
-    refuse_endless(adapter, config, (name for name, _ in model.named_modules()))
+    refuse_endless(adapter, described.config, (name for name, _ in model.named_modules()))
+    if not (names := running_names(described, model)):
+        return _added(model, adapter, described.config, adapter, vocabulary)
+    with tempfile.TemporaryDirectory(prefix="gemma-tune-adapter-") as folder:
+        renamed = renamed_adapter(described, names, Path(folder))
+        return _added(model, renamed, usable_config(renamed), adapter, vocabulary)
+
+
+def _added(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], adapter: Path,
+           vocabulary: int | None) -> Any:
+    """The same of an adapter whose names are the model's, in ``folder``; ``adapter`` is where it came from."""
     import_peft()
     from peft import LoraConfig, PeftModel
 
@@ -74,8 +83,8 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
     try:
         if vocabulary:
             _resize(model, vocabulary)
-        tuned = PeftModel.from_pretrained(model, str(adapter), config=LoraConfig(**for_peft(config)),
-                                          autocast_adapter_dtype=dora, **renames).eval()
+        tuned = PeftModel.from_pretrained(model, str(folder), config=LoraConfig(**for_peft(config)),
+                                          autocast_adapter_dtype=dora).eval()
     except Exception as e:  # noqa: BLE001 - in as many ways as settings and tensors can miss a model
         if is_out_of_memory(e):
             raise
@@ -85,31 +94,6 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
         settle(tuned)
     install(tuned)
     return tuned
-
-
-def _as_named_in(model: PreTrainedModel, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An adapter's settings with the layers' names in this model, and how PEFT is to rename its tensors.
-
-    Families with a class of their own for text alone (Qwen 3.5) call the same layers otherwise in the class that also
-    takes pictures, and an adapter is for both, whichever it was trained on.
-    """
-    config = adapter.config
-    inside = any(layer.startswith(_WITH_SIGHT) for layer in adapter.layers)
-    if inside == hasattr(getattr(model, "model", None), "language_model"):
-        return config, {}
-    old, new = (_WITH_SIGHT, _OF_TEXT) if inside else (_OF_TEXT, _WITH_SIGHT)
-    if not any(layer.startswith(old) for layer in adapter.layers):
-        return config, {}
-
-    def renamed(names: Any) -> Any:
-        if isinstance(names, dict):
-            return {renamed(name): value for name, value in names.items()}
-        if isinstance(names, list):
-            return [renamed(name) for name in names]
-        return new + names.removeprefix(old) if isinstance(names, str) and names.startswith(old) else names
-
-    changed = {key: renamed(config[key]) for key in NAMING if key in config}
-    return config | changed, {"key_mapping": {f"^{re.escape(old)}": new}}
 
 
 def _resize(model: PreTrainedModel, vocabulary: int) -> None:

@@ -7,10 +7,7 @@ and their distributions are compared at every position.
 from __future__ import annotations
 
 import gc
-import json
-import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +16,10 @@ from gemma_tune import samples
 from gemma_tune.answers.generation import Answer, greedy_continuations
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.base.files import NEW
 from gemma_tune.base.tensors import open_tensors, read_header
-from gemma_tune.lora.config import CONFIG, WEIGHTS
-from gemma_tune.lora.experts import adaptable, module_of
+from gemma_tune.lora.config import WEIGHTS
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.load import add_adapter
-from gemma_tune.lora.names import found_among
-from gemma_tune.merge.weights import write_tensors
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import place
 from gemma_tune.models.quantised import parameter_count
@@ -63,7 +56,7 @@ def check(session: Session, merged: Path, chat: ChatFormat, adapter: Adapter, vo
     Args:
         merged: the merged checkpoint.
         chat: its tokenizer and chat template.
-        adapter: whose layers the running base may call otherwise.
+        adapter: what was merged.
         vocabulary: entries that it was trained with, where the base has another number.
 
     Returns:
@@ -78,11 +71,7 @@ def check(session: Session, merged: Path, chat: ChatFormat, adapter: Adapter, vo
     if placement is None:
         session.listener.warn(f"the merged model was not compared with base + adapter: {lacking}")
         return {"check_skipped": lacking}
-    base = load_model(session.model.path, placement)
-    with tempfile.TemporaryDirectory(dir=session.run.root, prefix=f"{NEW}adapter-") as folder:
-        names = running_names(adapter, base)
-        fitting = renamed_adapter(adapter, names, Path(folder)) if names else adapter.folder
-        tuned = add_adapter(base, fitting, vocabulary)
+    tuned = add_adapter(load_model(session.model.path, placement), adapter.folder, vocabulary)
     session.listener.progress("checking", 0, 2)
     answers = greedy_continuations(tuned, chat, prompts, ANSWER_TOKENS)
     sequences = [(prompt, chat.tokenizer(answer.text, add_special_tokens=False).input_ids)
@@ -162,52 +151,3 @@ def _log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> torc
     with torch.inference_mode():
         logits = model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0]
     return torch.log_softmax(logits.float(), -1).cpu()
-
-
-def running_names(adapter: Adapter, base: Any) -> dict[str, str]:
-    """Modules of an adapter of another form of the model, and what the running base calls them, where that differs.
-
-    Transformers runs some multimodal repositories as their text model alone (Qwen 3.5), others whole (Gemma 3): so the
-    names on the disk do not tell.
-    """
-    there = {name for name, _ in base.named_modules()} | {*adaptable(base)}
-    modules = {*adapter.layers, *(name.rpartition(".")[0] for name in (*adapter.copies, *adapter.base_tensors))}
-    found = {module: found_among(there, module) for module in modules}
-    return {module: name for module, name in found.items() if name not in (None, module)}
-
-
-def renamed_adapter(adapter: Adapter, names: Mapping[str, str], folder: Path) -> Path:
-    """Write an adapter whose names are those of another form of its model, as PEFT finds layers by their names.
-
-    Args:
-        names: of modules, in the adapter and in the base; those that are the same are left out.
-        folder: to write into; it is empty.
-    """
-    layers = {names.get(layer, layer): lora for layer, lora in adapter.layers.items()}
-    tensors = {}
-    parameters = [layer for layer, lora in layers.items() if lora.experts]
-    for layer, lora in layers.items():
-        layer = module_of(layer, parameters) if lora.experts else layer
-        kind, end = ("lora_embedding_", "") if lora.embedding else ("lora_", ".weight")
-        tensors |= {f"{layer}.{kind}A{end}": lora.a, f"{layer}.{kind}B{end}": lora.b}
-        tensors |= {f"{layer}.lora_magnitude_vector": lora.magnitude} if lora.magnitude else {}
-    # Of a tensor that is there as it was and as it became, PEFT needs the latter.
-    own = {name: tensor for name, tensor in adapter.base_tensors.items() if name not in adapter.copies}
-    for name, tensor in (adapter.copies | own).items():
-        module, _, last = name.rpartition(".")
-        module = names.get(module, module)
-        inner = ".base_layer" if name in adapter.base_tensors and module in layers else ""
-        tensors[f"{module}{inner}.{last}"] = tensor
-    root = adapter.config.get("use_rslora")
-    ranks = {layer: lora.rank for layer, lora in layers.items()}
-    config = adapter.config | {
-        "target_modules": [layer for layer in layers if layer not in parameters],
-        "target_parameters": parameters or None,
-        "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
-        "rank_pattern": {re.escape(layer): rank for layer, rank in ranks.items()},
-        "alpha_pattern": {re.escape(layer): lora.scale * (ranks[layer] ** 0.5 if root else ranks[layer])
-                          for layer, lora in layers.items()},
-        "modules_to_save": [names.get(m, m) for m in {name.rpartition(".")[0] for name in adapter.copies}] or None}
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-    write_tensors({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
-    return folder

@@ -303,9 +303,3 @@ def _torch_type(dtype: str) -> torch.dtype:
     import torch
 
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
-
-
-def write_tensors(tensors: Mapping[str, StoredTensor], path: Path) -> None:
-    """Copy tensors to a file under the names given."""
-    pieces = [Piece(name, tensor, tensor.dtype, path.name) for name, tensor in tensors.items()]
-    write_files(Layout({path.name: pieces}, None), path.parent, lambda *_: None)

@@ -21,9 +21,9 @@ from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.fold import fold
 from gemma_tune.lora.layers import lora_config, not_adapted, target_modules, target_parameters
 from gemma_tune.lora.load import add_adapter
+from gemma_tune.lora.renamed import renamed_adapter
 from gemma_tune.lora.routed import install
 from gemma_tune.lora.start import apart, load_start, names_in, patterns_of, settings_of, weights_of
-from gemma_tune.merge.check import renamed_adapter
 from gemma_tune.train.effect import AdapterStart
 from gemma_tune.train.shape import shape_of
 from support.llamas import save_random, tokenizer_with_turns

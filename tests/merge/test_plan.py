@@ -347,7 +347,7 @@ def test_an_adapter_under_the_names_that_peft_looks_for(tmp_path, root):
     from peft import PeftModel
 
     from gemma_tune.lora.files import read_adapter
-    from gemma_tune.merge.check import renamed_adapter
+    from gemma_tune.lora.renamed import renamed_adapter
 
     base, adapter, expected = make(tmp_path, gemma(), **{**PATTERNS, "modules_to_save": ["norm"], "use_dora": True,
                                                    "use_rslora": root})
