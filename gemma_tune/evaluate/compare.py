@@ -15,7 +15,7 @@ from gemma_tune.evaluate.rows import Chosen, Question
 from gemma_tune.evaluate.scores import per_answer
 from gemma_tune.measure.general import measuring_rows_of
 from gemma_tune.measure.intervals import compare
-from gemma_tune.measure.likelihood import Wanted, negative_log_likelihoods, wanted_of
+from gemma_tune.measure.likelihood import Beside, Wanted, negative_log_likelihoods, wanted_of
 
 SIDES = ("base", "tuned")
 BATCH = 16  # answers made together
@@ -31,9 +31,14 @@ def on_both(model: Any, work: Callable[[str], Any]) -> dict[str, Any]:
     return {"base": base, "tuned": work("tuned")}
 
 
-def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Listener) -> dict[str, Any]:
+def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Listener,
+           beside: Beside | None = None) -> dict[str, Any]:
     """Loss and perplexity on the rows' learned tokens and on general text, and of better and worse answers which are
-    likelier: measures by name."""
+    likelier: measures by name.
+
+    Args:
+        beside: shows the model the rows' pictures.
+    """
     general = wanted_of(measuring_rows_of(chat))
     preferences = chosen.preferences
     different, places = _each_once([*chosen.sequences, *general, *(preferences.sequences if preferences else [])])
@@ -41,8 +46,8 @@ def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Li
 
     def one(side: str) -> np.ndarray:
         before = total // 2 if side == "tuned" else 0
-        return negative_log_likelihoods(model, different,
-                                        lambda done: listener.progress(MEASURING, before + done, total))[places]
+        return negative_log_likelihoods(model, different, lambda done: listener.progress(MEASURING, before + done, total),
+                                        beside)[places]
 
     listener.progress(MEASURING, 0, total)
     nats = on_both(model, one)

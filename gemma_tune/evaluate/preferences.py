@@ -92,4 +92,5 @@ def preferences_of(rows: Sequence[PreparedRow], encoder: Encoder) -> Preferences
 
 def wanted_of_sequence(sequence: Any) -> Wanted | None:
     """What is learned of a sequence, as tokens to predict."""
-    return next(iter(wanted_of([{"input_ids": sequence.ids, "labels": sequence.labels}])), None)
+    row = {"input_ids": sequence.ids, "labels": sequence.labels, "pictures": [name for name, _ in sequence.pictures]}
+    return next(iter(wanted_of([row])), None)

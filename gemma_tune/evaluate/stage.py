@@ -14,6 +14,7 @@ from gemma_tune.base.checkpoint import read_config, vocabulary_of
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, write_atomic, write_json
 from gemma_tune.base.words import counted
+from gemma_tune.encoding.eye import eye_of
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.compare import (
     SIDES,
@@ -26,11 +27,10 @@ from gemma_tune.evaluate.compare import (
 )
 from gemma_tune.evaluate.markdown import report
 from gemma_tune.evaluate.rows import FILE, Question, choose, nothing_to_measure
+from gemma_tune.evaluate.sight import base_that_sees
 from gemma_tune.evaluate.tasks import Tasks, compared, found_names, with_files
 from gemma_tune.evaluate.tasks import require as require_tasks
 from gemma_tune.lora.load import add_adapter
-from gemma_tune.models.load import load_model
-from gemma_tune.models.placement import choose_placement
 from gemma_tune.report.page import write_report
 from gemma_tune.report.tables import FEW_ROWS, rough_rows, short_rows, task_rows
 from gemma_tune.run.directory import command
@@ -104,12 +104,13 @@ def _evaluate(session: Session) -> Finished:
     asks_with = (require_output(session.run, session.manifest, "eval", "merge", "merged") if elsewhere
                  else session.inputs["adapter"])
     chat = load_format(asks_with, session.model.config["model_type"])
+    chat.eye = eye_of(session.model.path, chat.tokenizer, session.run.pictures)  # an adapter comes without one
     vocabulary = _other_vocabulary(session) if elsewhere else None
     chosen = choose(session, chat)
     tasks = Tasks(found_names(session), listener) if config.tasks else None
-    model = add_adapter(load_model(session.model.path, choose_placement(config.dtype)), session.inputs["adapter"],
-                        vocabulary)
-    measures = losses(model, chat, chosen, config.seed, listener)
+    base, beside = base_that_sees(session, chat.eye, chosen.pictures)
+    model = add_adapter(base, session.inputs["adapter"], vocabulary)
+    measures = losses(model, chat, chosen, config.seed, listener, beside)
     given: dict[str, list[Answer]] = {side: [] for side in SIDES}
     if chosen.questions:
         given = answers(model, chat, chosen.questions, config.max_new_tokens, listener)

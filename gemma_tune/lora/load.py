@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-
 def import_peft() -> None:
     """Import PEFT in three quarters of the time: without torch's compiler, until something is to be compiled."""
     with keeping_garbage(), _compiling_at_the_first_call():

@@ -29,12 +29,18 @@ _SAME = 0.3
 
 @dataclass(frozen=True)
 class Wanted:
-    """Tokens of one sequence to predict: its ids (1, length), the positions that predict them, and the tokens
-    themselves."""
+    """Tokens of one sequence to predict: its ids (1, length), the positions that predict them, the tokens themselves,
+    and the names of the pictures that stand among the ids."""
 
     ids: np.ndarray
     at: np.ndarray
     labels: np.ndarray
+    pictures: tuple[str, ...] = ()
+
+
+# What a model is given beside ids (rows, length), where these have pictures, by the names of those of each row; see
+# ``answers.sight.beside``.
+Beside = Callable[["torch.Tensor", Sequence[Sequence[str]]], Mapping[str, Any]]
 
 
 def wanted_of(rows: Iterable[Mapping[str, Any]], limit: int | None = None) -> list[Wanted]:
@@ -43,7 +49,8 @@ def wanted_of(rows: Iterable[Mapping[str, Any]], limit: int | None = None) -> li
     Each token is predicted where the one before it stands, a row's first nowhere.
 
     Args:
-        rows: mappings with ``input_ids`` and ``labels`` (-100 where nothing is learned), such as validation rows.
+        rows: mappings with ``input_ids``, ``labels`` (-100 where nothing is learned) and perhaps ``pictures``, such as
+            validation rows.
         limit: at most so many tokens.
     """
     found, left = [], sys.maxsize if limit is None else limit
@@ -51,7 +58,7 @@ def wanted_of(rows: Iterable[Mapping[str, Any]], limit: int | None = None) -> li
         ids, labels = (np.asarray(row[key], np.int64) for key in ("input_ids", "labels"))
         at = np.flatnonzero(labels[1:] != IGNORE_INDEX)[:left]
         if len(at):
-            found.append(Wanted(ids[None, :at[-1] + 1], at, labels[at + 1]))
+            found.append(Wanted(ids[None, :at[-1] + 1], at, labels[at + 1], tuple(row.get("pictures", ()))))
             left -= len(at)
         if not left:
             break
@@ -59,12 +66,14 @@ def wanted_of(rows: Iterable[Mapping[str, Any]], limit: int | None = None) -> li
 
 
 def negative_log_likelihoods(model: Any, sequences: Sequence[Wanted],
-                             on_progress: Callable[[int], None] | None = None) -> np.ndarray:
+                             on_progress: Callable[[int], None] | None = None,
+                             beside: Beside | None = None) -> np.ndarray:
     """The sum over each sequence's wanted tokens, in nats: float64 of shape (sequences,).
 
     Args:
         model: as transformers or PEFT loaded it, with its adapter switched on or off.
         on_progress: called after each batch with how many tokens, read ones included, are done.
+        beside: shows the model the pictures of sequences that have any.
 
     Raises:
         UserError: what the model computes is not finite, which is no figure.
@@ -81,7 +90,7 @@ def negative_log_likelihoods(model: Any, sequences: Sequence[Wanted],
         done = 0
         for batch in batches([wanted.ids.shape[1] for wanted in sequences], _TOKENS if through_head else 1):
             rows = [sequences[n] for n in batch]
-            states = _states(model, rows) if through_head else _own_logits(model, rows[0])
+            states = _states(model, rows, beside) if through_head else _own_logits(model, rows[0], beside)
             nats = _summed(model, states, rows, through_head)
             if not np.isfinite(nats).all():
                 raise not_finite(model)
@@ -138,7 +147,7 @@ def _head_is_all(model: Any, wanted: Wanted) -> bool:
     return bool(((found - own).gather(1, likeliest).abs() < _SAME).all())
 
 
-def _states(model: Any, rows: Sequence[Wanted]) -> list[torch.Tensor]:
+def _states(model: Any, rows: Sequence[Wanted], beside: Beside | None) -> list[torch.Tensor]:
     """The decoder's last states at the positions of each row: (n, hidden)."""
     import torch
 
@@ -149,16 +158,30 @@ def _states(model: Any, rows: Sequence[Wanted]) -> list[torch.Tensor]:
         ids[n, :row.ids.shape[1]] = torch.from_numpy(row.ids[0])
         mask[n, :row.ids.shape[1]] = 1
     padded = not bool(mask.all())
-    out = model.get_decoder()(input_ids=ids.to(model.device), attention_mask=mask.to(model.device) if padded else None,
-                              use_cache=False).last_hidden_state
+    ids, seen = _shown(model, ids, rows, beside)
+    inner = _with_sight(model) if seen else model.get_decoder()
+    out = inner(input_ids=ids, attention_mask=mask.to(model.device) if padded else None, use_cache=False,
+                **seen).last_hidden_state
     return [out[n, torch.from_numpy(row.at).to(model.device)] for n, row in enumerate(rows)]
 
 
-def _own_logits(model: Any, row: Wanted) -> list[torch.Tensor]:
+def _own_logits(model: Any, row: Wanted, beside: Beside | None) -> list[torch.Tensor]:
     import torch
 
-    ids, at = (torch.from_numpy(a).to(model.device) for a in (row.ids, row.at))
-    return [model(input_ids=ids, use_cache=False).logits[0, at].float()]
+    ids, seen = _shown(model, torch.from_numpy(row.ids), [row], beside)
+    return [model(input_ids=ids, use_cache=False, **seen).logits[0, torch.from_numpy(row.at).to(model.device)].float()]
+
+
+def _shown(model: Any, ids: torch.Tensor, rows: Sequence[Wanted],
+           beside: Beside | None) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    """Ids where the model is, and what it is given beside them."""
+    ids = ids.to(model.device)
+    return ids, beside(ids, [row.pictures for row in rows]) if beside else {}
+
+
+def _with_sight(model: Any) -> Any:
+    """The part of a model that puts pictures into what its decoder reads."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
 
 
 def _summed(model: Any, parts: Sequence[torch.Tensor], rows: Sequence[Wanted], through_head: bool) -> np.ndarray:

@@ -21,7 +21,7 @@ _FINISHED = "finished-"  # before a training's id, see RunDir.finished
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
         "*_sft_adapter", "*_start_adapter_*", "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json",
-        "train.yaml", "tune.yaml", "tune.json")
+        "train.yaml", "tune.yaml", "tune.json", "seen")
 MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
 PIPED = ("stdin*",)
 

@@ -1,0 +1,40 @@
+"""The base model with what it sees in the pictures of the rows: its towers look once, and go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from gemma_tune.answers.sight import Seen, beside
+from gemma_tune.encoding.eye import Eye
+from gemma_tune.measure.likelihood import Beside
+from gemma_tune.models.load import load_model
+from gemma_tune.models.placement import choose_placement
+from gemma_tune.models.towers import blinded
+from gemma_tune.run.session import Session
+
+LOOKING = "looking at pictures"
+
+
+def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> tuple[Any, Beside | None]:
+    """The run's base model, and what shows it pictures; None where there are none.
+
+    Args:
+        eye: what they are prepared with, where there are any.
+        names: of the pictures' files.
+
+    Raises:
+        UserError: the model cannot be loaded, or a picture not be read.
+        WorkFailed: what was seen cannot be written.
+    """
+    checkpoint, placement = session.model.path, choose_placement(session.config.dtype)
+    if eye is None or not names:
+        return load_model(checkpoint, placement), None
+    seen = Seen(session.run.seen, eye, session.model.fingerprint, f"{placement.dtype}".removeprefix("torch."))
+    show = partial(beside, seen, eye)
+    if not (lacking := seen.lacks(names)):
+        return load_model(checkpoint, placement, sight="features"), show
+    model = load_model(checkpoint, placement, sight="towers").eval()
+    seen.look(model, lacking, lambda done: session.listener.progress(LOOKING, done, len(lacking)))
+    return blinded(model), show

@@ -1,0 +1,144 @@
+"""``eval`` on rows with pictures: the losses are those of the model that looks at them itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from gemma_tune.answers.sight import _TAKEN
+from gemma_tune.encoding.eye import size_of
+from gemma_tune.evaluate import sight
+from gemma_tune.lora.load import add_adapter
+from support.command import QUICK, copied_run, invoke, rows, write_rows
+from support.models import make_seeing
+from support.seeing import TEMPLATE, format_that_sees, show_pictures
+from support.towers import make_seer
+
+FP32 = ("--dtype", "fp32", "--max-new-tokens", 3)
+FAMILIES = ("gemma3", "qwen3.5")
+
+
+def make(name: str, folder: Path) -> None:
+    if name == "gemma3":
+        make_seeing(folder)
+    else:
+        make_seer(name, folder)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def trained_seers(tmp_path_factory):
+    """Runs up to the adapter, with text alone, by family."""
+    made: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            place = tmp_path_factory.mktemp("evaluated")
+            model, made[name] = place / "models" / "seer", place / "runs" / "seer"
+            make(name, model)
+            for args in (("prepare", write_rows(place / "rows.jsonl", rows()), "--model", model, "--valid", 6),
+                         ("train", *QUICK[:-1], 3e-2, "--keep", "last", "--samples", 0)):
+                result = invoke(*args, "--run", made[name])
+                assert result.code == 0, result.err
+        return made[name]
+
+    return of
+
+
+@pytest.fixture
+def seer(trained_seers, tmp_path):
+    """A copy of such a run, and its model; copied to where the test is."""
+    def of(name: str) -> tuple[Path, Path]:
+        once = trained_seers(name)
+        model = once.parents[1] / "models" / "seer"
+        return copied_run(once, tmp_path, model), model
+
+    return of
+
+
+def own_losses(model: Path, run: Path, found: list[dict]) -> list[float]:
+    """Nats per learned token of base and tuned model, as transformers' own model has them of the pictures themselves."""
+    chat = format_that_sees(model, run)
+    base = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+    totals, count = [0.0, 0.0], 0
+    tuned = add_adapter(base, run / "seer_lora_adapter")
+    for row in found:
+        [sequence] = chat.encode(row["messages"])
+        ids, labels = torch.tensor(sequence.ids)[None].long(), torch.tensor(sequence.labels)[None]
+        shown = [chat.eye.inputs(name) for name, _ in sequence.pictures]
+        inputs = {key: torch.cat([one[key] for one in shown]) for key in _TAKEN if shown and key in shown[0]}
+        marks = {chat.eye.marks: (ids == chat.eye.soft_id).long()} if shown else {}
+        with torch.no_grad():
+            for n, how in enumerate((tuned.disable_adapter, torch.no_grad)):
+                with how():
+                    logits = tuned(input_ids=ids, **inputs, **marks).logits
+                totals[n] += torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
+        count += int((labels[0, 1:] != -100).sum())
+    return [total / count for total in totals]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_the_model_that_looks_itself(cli, seer, family):
+    run, model = seer(family)
+    before = cli("eval", "--json", *FP32).json["summary"]["measures"]["loss"]
+    shown = show_pictures(run, model, lambda n: n % 3)
+    result = cli("eval", "--json", *FP32)
+    assert result.code == 0, result.err
+    measured = result.json["summary"]["measures"]["loss"]
+    expected = own_losses(model, run, shown["valid"])
+    assert np.allclose([measured["base"][0], measured["tuned"][0]], expected, rtol=1e-4)
+    assert abs(expected[1] - expected[0]) > 0.1 and abs(measured["base"][0] - before["base"][0]) > 1e-3, "both matter"
+    assert measured["rows"] == result.json["summary"]["rows"] == 6
+    assert [len(answer["prompt"]) for answer in result.json["summary"]["answers"]] == [1, 1]
+    assert "4 rows with pictures are not asked: their loss alone is measured" in " ".join(result.err.split())
+    assert "more aside" not in result.err
+
+
+def test_pictures_are_looked_at_once(cli, seer, monkeypatch):
+    run, model = seer("gemma3")
+    show_pictures(run, model, lambda n: 1)
+    loaded, load = [], sight.load_model
+
+    def loading(*args, **more):
+        loaded.append(more.get("sight"))
+        return load(*args, **more)
+
+    monkeypatch.setattr(sight, "load_model", loading)
+    first = cli("eval", "--json", *FP32)
+    assert first.code == 0, first.err
+    again = cli("eval", "--json", "--force", *FP32)
+    assert loaded == ["towers", "features"]
+    assert first.json["summary"] == again.json["summary"]
+    assert first.json["summary"]["questions"] == 0 and first.json["summary"]["answers"] == []
+    assert "6 rows with pictures are not asked" in first.err
+    assert len([*(run / "seen").rglob("*.safetensors")]) == 6
+    assert "loss" in (run / "report.md").read_text() and (run / "report.html").is_file()
+    assert cli("status").code == 0 and cli("eval", *FP32, "--json").json["status"] == "up-to-date"
+
+
+def test_a_picture_that_is_gone(cli, seer):
+    run, model = seer("gemma3")
+    row = show_pictures(run, model, lambda n: 1)["valid"][0]
+    (run / "data" / row["messages"][0]["pictures"][0]["file"]).unlink()
+    size_of.cache_clear()  # as in a process of its own
+    result = cli("eval", *FP32)
+    assert result.code == 2 and "a picture of the validation rows cannot be read" in result.err
+    assert Path(row["messages"][0]["pictures"][0]["file"]).name[:20] in "".join(result.err.split())
+    assert "prepare again" in result.err and "Traceback" not in result.err
+
+
+def test_what_is_predicted_has_its_pictures_with_a_head_that_does_more(seer, monkeypatch, cli):
+    """Where the logits are not those of decoder and head alone, each row goes through the whole model."""
+    from gemma_tune.measure import likelihood
+
+    run, model = seer("gemma3")
+    shown = show_pictures(run, model, lambda n: 1)
+    monkeypatch.setattr(likelihood, "_head_is_all", lambda *_: False)
+    measured = cli("eval", "--json", *FP32).json["summary"]["measures"]["loss"]
+    assert np.allclose([measured["base"][0], measured["tuned"][0]], own_losses(model, run, shown["valid"]), rtol=1e-4)
+    assert json.loads((run / "answers.json").read_text()) == []

@@ -1,0 +1,72 @@
+"""Runs whose prepared rows have pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gemma_tune.base.files import fingerprint
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.eye import eye_of
+from gemma_tune.encoding.sequences import Encoder
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.encoding.tokens import TokenWriter
+from support.command import write_rows
+
+
+def make_picture(folder: Path, seed: int, size: tuple[int, int] = (60, 44)) -> str:
+    """A PNG file of noise under the name that ``prepare`` gives it, as rows have that."""
+    folder.mkdir(exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "new.png")
+    name = hashlib.sha256((folder / "new.png").read_bytes()).hexdigest() + ".png"
+    (folder / "new.png").rename(folder / name)
+    return f"pictures/{name}"
+
+
+TEMPLATE = ("{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+            "{{ p.text if p.type == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}{% endif %}<done>"
+            "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")  # for Qwen
+
+
+def format_that_sees(model: Path, run: Path) -> ChatFormat:
+    chat = load_format(model, json.loads((model / "config.json").read_text())["model_type"])
+    chat.eye = eye_of(model, chat.tokenizer, run / "data" / "pictures")
+    return chat
+
+
+def show_pictures(run: Path, model: Path, which: Callable[[int], int]) -> dict[str, list[dict[str, Any]]]:
+    """Put pictures into the prepared rows of a run, with their tokens, as if it had been prepared and trained so.
+
+    Args:
+        which: how many the n-th row of a side has.
+
+    Returns:
+        The rows by side.
+    """
+    chat, found = format_that_sees(model, run), {}
+    manifest = json.loads((run / "manifest.json").read_text())
+    for side in ("train", "valid"):
+        path = run / "data" / f"{side}.jsonl"
+        rows = found[side] = [json.loads(line) for line in path.read_text().splitlines()]
+        for n, row in enumerate(rows):
+            turn = next(turn for turn in row["messages"] if turn["role"] == "user")
+            if count := which(n):
+                turn["pictures"] = [{"at": at, "file": make_picture(run / "data" / "pictures", 100 * len(found) + 10 * n + at, (60, 44 + 20 * at))}
+                                    for at in range(count)]
+        write_rows(path, rows)
+        with TokenWriter(run / "data" / "tokens" / f"{side}.arrow") as writer:
+            for outcome in Encoder(chat, 8192).encode(rows):
+                writer.add([(s.ids, s.spans, " ".join(name for name, _ in s.pictures)) for s in outcome.kept])
+    for stage, kind in (("prepare", "outputs"), ("train", "inputs")):
+        for name, entry in manifest["stages"].get(stage, {kind: {}})[kind].items():
+            if name in ("train_rows", "valid_rows", "tokens"):
+                entry |= fingerprint(run / entry["path"])
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return found
