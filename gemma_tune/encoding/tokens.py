@@ -158,6 +158,11 @@ def pictured(dataset: Any) -> np.ndarray:
     return pc.binary_length(dataset.data.column("pictures")).to_numpy() > 0
 
 
+def pictured_rows(dataset: Any) -> int:
+    """How many rows have pictures."""
+    return len(np.unique(dataset.data.column("row").to_numpy()[pictured(dataset)]))
+
+
 def digests_of(dataset: Any) -> set[bytes]:
     """What tells each sequence's ids from others, see :func:`digest`."""
     found = set()
@@ -174,11 +179,15 @@ def digest(ids: np.ndarray) -> bytes:
 
 def liked(dataset: Any) -> Any:
     """The sequences that a model is to answer like, as another dataset of the same kind: not rejected and bad ones."""
+    return those(dataset, answers_of(dataset) >= 0)
+
+
+def those(dataset: Any, kept: np.ndarray) -> Any:
+    """Some of the sequences (bool of each), as another dataset of the same kind."""
     from datasets import Dataset
     from datasets.table import MemoryMappedTable
 
-    marks = answers_of(dataset)
-    if not (marks < 0).any():
+    if kept.all():
         return dataset
-    table = dataset.data.table.filter(pa.array(marks >= 0))
+    table = dataset.data.table.filter(pa.array(kept))
     return Dataset(MemoryMappedTable(table, "")).with_transform(_with_labels)

@@ -46,8 +46,9 @@ def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Li
 
     def one(side: str) -> np.ndarray:
         before = total // 2 if side == "tuned" else 0
-        return negative_log_likelihoods(model, different, lambda done: listener.progress(MEASURING, before + done, total),
-                                        beside)[places]
+        nats = negative_log_likelihoods(model, different,
+                                        lambda done: listener.progress(MEASURING, before + done, total), beside)
+        return nats[places]
 
     listener.progress(MEASURING, 0, total)
     nats = on_both(model, one)

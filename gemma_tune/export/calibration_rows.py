@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.base.words import counted
+from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.export.calibration_file import file_rows, named_file
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.quant_loss import encoded_rows
@@ -43,7 +44,8 @@ def calibration_rows(session: Session, source: ExportSource, tokens: int = TOKEN
 
     They are rows of the file that ``--calibration`` names, else of the training, and general text, whole however few
     the rows are: beside 600 tokens of rows the demo's q4_0 loses less on either text with all of it than with a share.
-    It stands alone where there are no rows, as with an adapter from elsewhere.
+    It stands alone where there are no rows, as with an adapter from elsewhere. Of rows with pictures the texts are
+    taken: questions and answers of the kind that the model will read and write.
 
     Args:
         tokens: of rows, at most; of few of them general text is a part.
@@ -51,6 +53,8 @@ def calibration_rows(session: Session, source: ExportSource, tokens: int = TOKEN
     Raises:
         UserError: a file of which nothing, or too little, can be used.
     """
+    from gemma_tune.encoding.tokens import pictured
+
     general = [row["input_ids"] for row in calibration_rows_of(source.chat)]
     if tokens < _WHOLE:
         general = shortened(general, tokens // _PART)
@@ -62,17 +66,29 @@ def calibration_rows(session: Session, source: ExportSource, tokens: int = TOKEN
         trained, reason = encoded_rows(session, "train")
         if trained is None:
             return general, f"{counted(more, 'token')} of general text alone: {reason}"
-        own, of = sample(trained, tokens), "of the training rows"
+        own, of = sample(trained, tokens, _of_pictures(source.chat)), "of the training rows"
+        of += ", without their pictures," if pictured(trained).any() else ""
     return [*own, *general], f"{counted(sum(map(len, own)), 'token')} {of} and {more:,} of general text"
 
 
-def sample(rows: Any, tokens: int = TOKENS) -> list[np.ndarray]:
-    """Ids of rows from all over the data, so many tokens together, each row no longer than :data:`LONGEST`."""
+def _of_pictures(chat: ChatFormat) -> list[int]:
+    """Tokens that stand for pictures, or around them."""
+    texts = vars(chat.eye.tokens).values() if chat.eye else ()
+    return chat.tokenizer.convert_tokens_to_ids([text for text in texts if text])
+
+
+def sample(rows: Any, tokens: int = TOKENS, without: Sequence[int] = ()) -> list[np.ndarray]:
+    """Ids of rows from all over the data, so many tokens together, each row no longer than :data:`LONGEST`.
+
+    Args:
+        without: tokens that are left out.
+    """
     found, left = [], tokens
     for n in np.random.default_rng(0).permutation(len(rows)):
         if not left:
             break
-        ids = np.asarray(rows[int(n)]["input_ids"])[:min(LONGEST, left)]
+        ids = np.asarray(rows[int(n)]["input_ids"])
+        ids = ids[~np.isin(ids, without)][:min(LONGEST, left)]
         found.append(ids)
         left -= len(ids)
     return found

@@ -84,11 +84,19 @@ def encoded_rows(session: Session, side: str) -> tuple[Any | None, str]:
 
 
 def validation_rows(session: Session) -> tuple[Any | None, str]:
-    """The validation rows, see :func:`encoded_rows`."""
+    """The validation rows of text alone, see :func:`encoded_rows`; and what is to be said of others."""
+    from gemma_tune.encoding.tokens import pictured, those
+
     rows, reason = encoded_rows(session, "valid")
-    if rows is not None and not len(rows):
+    if rows is None:
+        return None, reason
+    if not len(rows):
         return None, "the run has no validation rows; `prepare --valid 0.1` keeps some aside"
-    return rows, reason
+    seen = pictured(rows)
+    if not seen.any():
+        return rows, ""
+    reason = f"{int(seen.sum()):,} of {len(rows):,} have pictures, and text alone is measured"
+    return None if seen.all() else those(rows, ~seen), reason
 
 
 def measure(model: Any, texts: Mapping[str, Sequence[Wanted]], files: Mapping[str, Path], architecture: Architecture,

@@ -16,6 +16,7 @@ from gemma_tune.config.stages import QUANTS
 from gemma_tune.export.quant_loss import GENERAL, REFERENCE, VALIDATION, Loss
 from gemma_tune.gguf.types import OF_EXPERTS
 from gemma_tune.run.earlier_exports import smallest_sound
+from gemma_tune.run.prepared import rows_with_pictures
 from gemma_tune.run.session import Session
 from gemma_tune.run.state import OUTSIDE
 
@@ -40,7 +41,8 @@ LEAST = math.log(1.05)  # a loss that is never marked, so that a training which 
 def gained(session: Session) -> float | None:
     """Nats per token by which the run's training lowered the loss of its validation rows; None where that is unknown.
 
-    It is where the adapter came from elsewhere, or the rows are others by now.
+    It is where the adapter came from elsewhere, the rows are others by now, or some of them have pictures: number
+    formats are measured on the others alone.
     """
     stages = session.manifest.stages
     train, merge, prepared = (stages.get(name) for name in ("train", "merge", "prepare"))
@@ -49,7 +51,9 @@ def gained(session: Session) -> float | None:
     if train["inputs"].get("valid_rows", {}).get("sha256") != prepared["outputs"]["valid_rows"]["sha256"]:
         return None
     before, after = (train["summary"].get(f"eval_loss_{when}") for when in ("before", "after"))
-    return before - after if before is not None and after is not None and before > after else None
+    if before is None or after is None or before <= after:
+        return None
+    return None if rows_with_pictures(session, "valid") else before - after
 
 
 def what_it_loses(loss: Loss, reference: Loss, gain: float | None, limit: float = PART_OF_PERPLEXITY) -> str | None:

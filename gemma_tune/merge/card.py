@@ -20,6 +20,7 @@ from gemma_tune.lora.config import usable_config
 from gemma_tune.models.licence import base_licence, licence_note
 from gemma_tune.models.towers import auto_class
 from gemma_tune.run.manifest import JUDGED, PAIRS
+from gemma_tune.run.prepared import rows_with_pictures
 from gemma_tune.run.session import Session
 from gemma_tune.run.state import prepared_since
 
@@ -38,7 +39,8 @@ def model_card(session: Session, summary: Mapping[str, Any]) -> str:
 
     model, adapter = session.model, _adapter_config(session)
     licence = base_licence(model)
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    task = "image-text-to-text" if _learned_pictures(session) else "text-generation"
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     if model.source == "hub":
         header |= {"base_model": model.id, "base_model_relation": "finetune"}
     dora = ["dora"] if adapter.get("use_dora") else []
@@ -151,7 +153,15 @@ def _rows(session: Session) -> str | None:
     what = {PAIRS: "pair of answers", JUDGED: "judged answer"}.get(figures.get("kind"), _unit(session))
     several = "pairs of answers" if what.startswith("pair") else None
     counts = f"{counted(figures['train_rows'], what, several)}, {figures['valid_rows']:,} more held out"
+    if seen := _learned_pictures(session):
+        counts += f"; {seen:,} of the former with pictures"
     return f"{counts}; {figures['trained_tokens']:,} tokens learned" if "trained_tokens" in figures else counts
+
+
+def _learned_pictures(session: Session) -> int:
+    """How many of the rows that were learned have pictures; 0 where that is not known any more."""
+    return rows_with_pictures(session, "train") if (
+        _record_of_training(session) and not prepared_since(session.manifest)) else 0
 
 
 def _unit(session: Session) -> str:
@@ -229,8 +239,14 @@ answer = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
+{_sees(session)}\
 For Ollama, llama.cpp and LM Studio: `gemma-tune export-ollama`, where this model was made, writes it as GGUF with the
 same chat template."""
+
+
+def _sees(session: Session) -> str:
+    return ("It was tuned on pictures as well: `AutoModelForImageTextToText` with `AutoProcessor` takes these.\n\n"
+            if _learned_pictures(session) else "")
 
 
 def _code(text: str) -> str:

@@ -23,6 +23,7 @@ from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import place
 from gemma_tune.models.quantised import parameter_count
+from gemma_tune.run.prepared import rows_with_pictures
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 
@@ -133,6 +134,9 @@ def _judge(session: Session, figures: dict[str, Any]) -> dict[str, Any]:
 def _prompts(session: Session, chat: ChatFormat) -> list[list[int]]:
     """Ids of prompts of the run's data, held-out rows first, that leave room for an answer; else of the example's."""
     found = held_out(session, chat, session.config.check_prompts, ANSWER_TOKENS)
+    if not found and (rows_with_pictures(session, "valid") or rows_with_pictures(session, "train")):
+        session.listener.note("the merged model is compared on questions of the built-in example: those of the run "
+                              "have pictures, and what sees these is the base's")
     examples = [Prompt(row["messages"]) for row in samples.heldout_questions()[:session.config.check_prompts]]
     return [prompt.ids(chat) for prompt in found or examples]
 

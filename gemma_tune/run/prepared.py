@@ -23,6 +23,14 @@ def prepared_as(session: Session, names: Sequence[str] = HOW_ROWS_ARE_READ) -> P
     return PrepareConfig(**{name: converted(kinds[name], before[name]) for name in names if name in before})
 
 
+def rows_with_pictures(session: Session, side: str) -> int:
+    """How many of the run's rows on one side, ``train`` or ``valid``, have pictures."""
+    from gemma_tune.encoding.tokens import open_tokens, pictured_rows
+
+    path = session.run.tokens / f"{side}.arrow"
+    return pictured_rows(open_tokens(path)) if path.is_file() else 0
+
+
 def is_example(manifest: Manifest) -> bool:
     """Whether the run learned the built-in example, whose held-out questions are asked as well."""
     return (_setting(manifest, "prepare", "data") or [_EXAMPLE]) == [_EXAMPLE]

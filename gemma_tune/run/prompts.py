@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from gemma_tune.answers.prompts import Prompt, first_fitting
@@ -28,10 +29,14 @@ def held_out(session: Session, chat: ChatFormat, count: int, answer_tokens: int,
              ) -> list[Prompt]:
     """The first prompts of the run's rows that fit: those that training has not seen, then those that it has.
 
+    Those with pictures are left out: who compares with these prompts shows none.
+
     Args:
         count: at most so many.
         most: tokens of a prompt, where long ones would take too long.
     """
     limit = prompt_limit(session, answer_tokens)
+    chat = copy.copy(chat)
+    chat.eye = None  # without which it refuses them
     rows = (session.run.valid_rows, session.run.train_rows)
     return first_fitting(rows, chat, limit if most is None else min(limit, most), count)

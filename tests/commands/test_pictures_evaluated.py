@@ -14,21 +14,11 @@ from gemma_tune.answers.sight import _TAKEN
 from gemma_tune.encoding.eye import size_of
 from gemma_tune.evaluate import sight
 from gemma_tune.lora.load import add_adapter
-from support.command import QUICK, copied_run, invoke, rows, write_rows
-from support.models import make_seeing
-from support.seeing import TEMPLATE, format_that_sees, show_pictures
-from support.towers import make_seer
+from support.command import copied_run
+from support.seeing import format_that_sees, show_pictures, trained_seer
 
 FP32 = ("--dtype", "fp32", "--max-new-tokens", 3)
 FAMILIES = ("gemma3", "qwen3.5")
-
-
-def make(name: str, folder: Path) -> None:
-    if name == "gemma3":
-        make_seeing(folder)
-    else:
-        make_seer(name, folder)
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +28,7 @@ def trained_seers(tmp_path_factory):
 
     def of(name: str) -> Path:
         if name not in made:
-            place = tmp_path_factory.mktemp("evaluated")
-            model, made[name] = place / "models" / "seer", place / "runs" / "seer"
-            make(name, model)
-            for args in (("prepare", write_rows(place / "rows.jsonl", rows()), "--model", model, "--valid", 6),
-                         ("train", *QUICK[:-1], 3e-2, "--keep", "last", "--samples", 0)):
-                result = invoke(*args, "--run", made[name])
-                assert result.code == 0, result.err
+            made[name] = trained_seer(name, tmp_path_factory.mktemp("evaluated"))
         return made[name]
 
     return of

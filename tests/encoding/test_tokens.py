@@ -172,6 +172,35 @@ def test_a_full_disk_is_told(tmp_path):
     assert raised.value.__cause__.errno == errno.ENOSPC
 
 
+def written(path: Path, *names: str) -> Path:
+    """Rows of one sequence each, with these names of pictures, and one of three sequences."""
+    with TokenWriter(path) as writer:
+        for name in names:
+            writer.add([(np.arange(4, dtype=np.int32), np.array([2, 4], np.int32), name)])
+        writer.add([(np.arange(4, dtype=np.int32), np.array([2, 4], np.int32), name) for name in ("a.png", "", "b.png")])
+    return path
+
+
+def test_which_sequences_and_rows_have_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_BATCH", 2)  # several chunks
+    dataset = open_tokens(written(tmp_path / "t.arrow", "", "a.png b.png", ""))
+    assert tokens.pictured(dataset).tolist() == [False, True, False, True, False, True] and tokens.pictured_rows(dataset) == 2
+    plain = tokens.those(dataset, ~tokens.pictured(dataset))
+    assert [row["pictures"] for row in plain] == [[]] * 3 and not tokens.pictured(plain).any()
+    assert [row["pictures"] for row in tokens.those(dataset, tokens.pictured(dataset))] == [["a.png", "b.png"], ["a.png"], ["b.png"]]
+
+
+def test_tokens_of_before_there_were_pictures(tmp_path):
+    """What reads those of a run that was prepared then goes on doing so."""
+    with pa.OSFile(str(written(tmp_path / "new.arrow", ""))) as file, pa.ipc.open_stream(file) as stream:
+        table = stream.read_all().drop_columns(["pictures"])
+    with pa.OSFile(str(tmp_path / "old.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    dataset = open_tokens(tmp_path / "old.arrow")
+    assert [row["pictures"] for row in dataset] == [[]] * 4 and dataset[0]["labels"].tolist() == [-100, -100, 2, 3]
+    assert not tokens.pictured(dataset).any() and tokens.pictured_rows(dataset) == 0 and pictures_in(dataset) == []
+
+
 def test_labels_of_ranges_that_touch_and_of_none():
     ids = np.array([5, 6, 7, 8])
     assert labels_of(ids, np.array([0, 1, 1, 3])).tolist() == [5, 6, 7, -100]

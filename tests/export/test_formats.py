@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.chat import choice
+from gemma_tune.encoding.tokens import TokenWriter
 from gemma_tune.export.files import _with_template
 from gemma_tune.export.quant_loss import Loss
 from gemma_tune.report.page import write_report
@@ -385,7 +387,20 @@ def test_what_the_training_gained(merged, change, known):
     stages = json.loads((merged / "manifest.json").read_text())["stages"]
     stages["train"]["summary"] |= {"eval_loss_before": 4.0, "eval_loss_after": 3.0}
     change(stages)
-    assert gained(SimpleNamespace(manifest=SimpleNamespace(stages=stages))) == (1.0 if known else None)
+    session = SimpleNamespace(manifest=SimpleNamespace(stages=stages), run=SimpleNamespace(tokens=merged / "data/tokens"))
+    assert gained(session) == (1.0 if known else None)
+
+
+def test_what_was_gained_on_pictures_is_not_set_beside_a_loss_on_text(merged):
+    from types import SimpleNamespace
+
+    from gemma_tune.export.worth import gained
+
+    stages = json.loads((merged / "manifest.json").read_text())["stages"]
+    stages["train"]["summary"] |= {"eval_loss_before": 4.0, "eval_loss_after": 3.0}
+    with TokenWriter(merged / "data/tokens/valid.arrow") as writer:
+        writer.add([(np.arange(4, dtype=np.int32), np.array([2, 4], np.int32), "a.png")])
+    assert gained(SimpleNamespace(manifest=SimpleNamespace(stages=stages), run=SimpleNamespace(tokens=merged / "data/tokens"))) is None
 
 
 def test_the_format_for_experts_is_refused_without_any(cli, merged):

@@ -288,7 +288,7 @@ def test_the_check_asks_the_first_prompt_that_fits(tmp_path, valid, train, expec
     for name, records in (("valid", valid), ("train", train)):
         if records is not None:
             write_rows(tmp_path / name, records)
-    session = SimpleNamespace(run=SimpleNamespace(valid_rows=tmp_path / "valid", train_rows=tmp_path / "train"),
+    session = SimpleNamespace(run=SimpleNamespace(valid_rows=tmp_path / "valid", train_rows=tmp_path / "train", tokens=tmp_path),
                               config=SimpleNamespace(check_prompts=1), settings_of=lambda stage: {"max_length": 100},
                               model=SimpleNamespace(config={"max_position_embeddings": 300 + ANSWER_TOKENS}))
     expected = samples.heldout_questions()[0]["messages"][-1]["content"] if expected is None else expected

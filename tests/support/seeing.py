@@ -17,7 +17,9 @@ from gemma_tune.encoding.eye import eye_of
 from gemma_tune.encoding.sequences import Encoder
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import TokenWriter
-from support.command import write_rows
+from support.command import QUICK, invoke, rows, write_rows
+from support.models import make_seeing
+from support.towers import make_seer
 
 
 def make_picture(folder: Path, seed: int, size: tuple[int, int] = (60, 44)) -> str:
@@ -33,6 +35,21 @@ def make_picture(folder: Path, seed: int, size: tuple[int, int] = (60, 44)) -> s
 TEMPLATE = ("{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
             "{{ p.text if p.type == 'text' else '<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}{% endif %}<done>"
             "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")  # for Qwen
+
+
+def trained_seer(family: str, place: Path) -> Path:
+    """A run up to the adapter with six validation rows, of text alone; its model is ``models/seer`` beside it."""
+    model, run = place / "models" / "seer", place / "runs" / "seer"
+    if family == "gemma3":
+        make_seeing(model)
+    else:
+        make_seer(family, model)
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+    for args in (("prepare", write_rows(place / "rows.jsonl", rows()), "--model", model, "--valid", 6),
+                 ("train", *QUICK[:-1], 3e-2, "--keep", "last", "--samples", 0)):
+        result = invoke(*args, "--run", run)
+        assert result.code == 0, result.err
+    return run
 
 
 def format_that_sees(model: Path, run: Path) -> ChatFormat:
@@ -54,16 +71,16 @@ def show_pictures(run: Path, model: Path, which: Callable[[int], int]) -> dict[s
     manifest = json.loads((run / "manifest.json").read_text())
     for side in ("train", "valid"):
         path = run / "data" / f"{side}.jsonl"
-        rows = found[side] = [json.loads(line) for line in path.read_text().splitlines()]
-        for n, row in enumerate(rows):
+        prepared = found[side] = [json.loads(line) for line in path.read_text().splitlines()]
+        for n, row in enumerate(prepared):
             turn = next(turn for turn in row["messages"] if turn["role"] == "user")
             if count := which(n):
                 turn["pictures"] = [{"at": at, "file": make_picture(run / "data" / "pictures", 100 * len(found) + 10 * n + at, (60, 44 + 20 * at))}
                                     for at in range(count)]
-        write_rows(path, rows)
+        write_rows(path, prepared)
         with TokenWriter(run / "data" / "tokens" / f"{side}.arrow") as writer:
-            for outcome in Encoder(chat, 8192).encode(rows):
-                writer.add([(s.ids, s.spans, " ".join(name for name, _ in s.pictures)) for s in outcome.kept])
+            for outcome in Encoder(chat, 8192).encode(prepared):
+                writer.add([(s.ids, s.spans.reshape(-1), " ".join(name for name, _ in s.pictures)) for s in outcome.kept])
     for stage, kind in (("prepare", "outputs"), ("train", "inputs")):
         for name, entry in manifest["stages"].get(stage, {kind: {}})[kind].items():
             if name in ("train_rows", "valid_rows", "tokens"):

@@ -1,0 +1,92 @@
+"""``merge`` and ``export-ollama`` of runs that learned from pictures: what measures the text model leaves them out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gemma_tune.encoding.tokens import open_tokens
+from gemma_tune.export import calibration
+from support.command import copied_run
+from support.ollama import LoopbackOllama
+from support.seeing import show_pictures, trained_seer
+
+RUN = Path("runs/seer")
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> Path:
+    return trained_seer("gemma3", tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture
+def model(trained_once) -> Path:
+    return trained_once.parents[1] / "models" / "seer"
+
+
+@pytest.fixture
+def run(trained_once, tmp_path, model) -> Path:
+    return copied_run(trained_once, tmp_path, model)
+
+
+@pytest.fixture
+def calibrated(monkeypatch) -> list:
+    """The rows that rounding is calibrated by."""
+    found, rows_of = [], calibration.calibration_rows
+
+    def noted(*args):
+        rows, said = rows_of(*args)
+        found.extend(rows)
+        return rows, said
+
+    monkeypatch.setattr(calibration, "calibration_rows", noted)
+    return found
+
+
+@pytest.mark.parametrize(("which", "left"), [(lambda n: n % 3, 2), (lambda n: 1, 0)], ids=["some", "all"])
+def test_what_measures_text_leaves_pictures_out(cli, run, model, calibrated, which, left):
+    show_pictures(run, model, which)
+    merged = cli("merge", "--json")
+    assert merged.code == 0, merged.err
+    built_in = "compared on questions of the built-in example: those of the run have pictures"
+    assert (built_in in " ".join(merged.err.split())) == (not left)
+    assert merged.json["summary"]["check_prompts"] == 4 and merged.json["summary"]["check_answer_tokens"] > 0
+
+    card = (run / "seer_lora_merged/README.md").read_text()
+    assert f"| Data | 6 conversations, 6 more held out; {6 - left} of the former with pictures; " in card
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-text-to-text"
+    assert "It was tuned on pictures as well" in card
+
+    with LoopbackOllama() as server:
+        result = cli("export-ollama", "--quant", "q4_0,q8_0", "--host", server.url, "--allow-difference", "--json")
+    assert result.code == 0, result.err
+    said = " ".join(result.err.split())
+    assert "tokens of the training rows, without their pictures, and " in said
+    own = [[*row["input_ids"]] for row in open_tokens(run / "data/tokens/train.arrow")]
+    soft = json.loads((model / "config.json").read_text())["image_token_index"]
+    assert sum(row.count(soft) for row in own) == 4 * sum(map(which, range(6)))
+    taken = [row.tolist() for row in calibrated if len(row) < 90]  # the others are general text
+    assert not any(soft in row for row in taken)
+    assert sorted([id for id in row if id not in (soft - 2, soft - 1, soft)] for row in own) == sorted(taken), "their texts are there"
+
+    summary = result.json["summary"]
+    reason = f"the loss of the number formats on validation rows: {6 - left} of 6 have pictures, and text alone is measured"
+    assert reason in summary["unchecked"] and f"- {reason}" in (run / "ollama/report.md").read_text()
+    assert all(("perplexity" in quant) == bool(left) and "general_perplexity" in quant for quant in summary["quants"].values())
+    cases = [prompt["name"] for prompt in summary["parity"]["prompts"]]
+    assert sum(name.startswith("held-out chat") for name in cases) == (4 if left else 0) and len(cases) > 4
+    assert result.json["answer"]["answer"] and result.json["picture"]["read"]
+    assert cli("status").code == 0 and cli("status", "--verify").code == 0
+
+
+def test_nothing_of_it_is_said_of_rows_of_text(cli, run):
+    merged = cli("merge", "--json")
+    assert merged.code == 0 and "built-in example" not in merged.err
+    card = (run / "seer_lora_merged/README.md").read_text()
+    assert "picture" not in card and "pipeline_tag: text-generation" in card
+    result = cli("export-ollama", "--quant", "q4_0", "--no-create", "--json")
+    assert result.code == 0 and "of the training rows and " in " ".join(result.err.split())
+    assert not any("have pictures" in text for text in result.json["summary"].get("unchecked", ()))
