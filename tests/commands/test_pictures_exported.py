@@ -13,6 +13,7 @@ from gemma_tune.export import calibration
 from support.command import copied_run
 from support.ollama import LoopbackOllama
 from support.seeing import show_pictures, trained_seer
+from support.uploads import _validated
 
 RUN = Path("runs/seer")
 
@@ -58,7 +59,7 @@ def test_what_measures_text_leaves_pictures_out(cli, run, model, calibrated, whi
     card = (run / "seer_lora_merged/README.md").read_text()
     assert f"| Data | 6 conversations, 6 more held out; {6 - left} of the former with pictures; " in card
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-text-to-text"
-    assert "It was tuned on pictures as well" in card
+    assert "It was tuned on pictures as well" in card and _validated(card).status == 200
 
     with LoopbackOllama() as server:
         result = cli("export-ollama", "--quant", "q4_0,q8_0", "--host", server.url, "--allow-difference", "--json")
