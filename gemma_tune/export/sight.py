@@ -18,7 +18,7 @@ from typing import Any
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.files import NEW, fresh_path, remove
 from gemma_tune.base.pictures import BLUE, QUESTION, RED, square
-from gemma_tune.base.words import gigabytes, size_text
+from gemma_tune.base.words import counted, gigabytes, size_text
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.senses import senses_of, taken
 from gemma_tune.gguf.engine import Engine, engine_name, find_engine
@@ -32,8 +32,8 @@ from gemma_tune.run.session import Session
 from gemma_tune.run.stage import settings_then
 
 UNCHECKED = "pictures: "  # begins what is said where they were not checked
-_FOUND = ("engine", "pictures_apart")  # figures that come from showing pictures
-_CONTEXT = 2048  # tokens: a picture is up to 280 of them
+_FOUND = ("engine", "pictures_apart", "row_tokens", "row_same")  # figures that come from showing pictures
+CONTEXT = 2048  # tokens: a picture is up to 280 of them
 _QUICK = 60.0  # seconds for a picture up to which a second one is shown
 
 
@@ -173,7 +173,7 @@ def _not_shown(sight: Sight, gguf: Path) -> str:
 def _apart(sight: Sight, gguf: Path) -> float | None:
     """How far apart two pictures are, as the largest difference of a token's probability to begin the answer; None
     where a picture takes long, so that only one was shown."""
-    with Engine(gguf, _CONTEXT, projector=sight.lies_at) as engine:
+    with Engine(gguf, CONTEXT, projector=sight.lies_at) as engine:
         began = time.monotonic()
         first = engine.look(square(RED), QUESTION)
         if time.monotonic() - began > _QUICK:
@@ -196,4 +196,7 @@ def section(figures: Mapping[str, Any] | None, text_alone: str) -> list[str]:
     if "pictures_apart" in figures:
         said += (" The probabilities with which its answers about a red and a blue one begin differ by up to "
                  f"{figures['pictures_apart']:.1%}.")
+    if "row_tokens" in figures:
+        said += (f" Its greedy answer to a row with pictures has {counted(figures['row_tokens'], 'token')}, of which "
+                 f"the first {figures['row_same']} are those of the merged model in transformers.")
     return ["", "## Pictures", "", said]

@@ -21,6 +21,7 @@ from gemma_tune.export.calibration_rows import not_calibrated, not_measured
 from gemma_tune.export.checks import ExportChecks, check_files, format_tables, markdown, merge_check, wants_engine
 from gemma_tune.export.deploy import ExportReport, deploy, model_names
 from gemma_tune.export.files import ExportSource, source_of, write_file
+from gemma_tune.export.looked_at import asked_about_a_row
 from gemma_tune.export.modelfiles import Told, modelfiles_of
 from gemma_tune.export.push import check_push, push_export
 from gemma_tune.export.same_files import SameFiles, same_files
@@ -139,6 +140,7 @@ def _export(session: Session, source: ExportSource) -> Finished:
         checks = _checked(session, source, files, same)
         if sight:
             sight = shown(session, sight if same else sight.for_new_files, files.values())
+            sight = asked_about_a_row(session, source, sight, files.values())
         finished = _finished(session, source, modelfiles, files, figures, checks, sight)
         return replace(finished, settings=same.settings) if same else finished
     except BaseException:

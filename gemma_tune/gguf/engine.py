@@ -138,7 +138,31 @@ class Engine:
 
     def complete(self, ids: Sequence[int], count: int) -> Completion:
         """The greedy answer of up to ``count`` tokens to a prompt of token ids."""
-        reply = self._post("/completion", prompt=list(ids), n_predict=count, temperature=0, top_k=1, repeat_penalty=1,
+        return self._completed(list(ids), count)
+
+    def complete_seen(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[bytes], count: int) -> Completion:
+        """The greedy answer of up to ``count`` tokens to a conversation with pictures, laid out by the GGUF's template.
+
+        Args:
+            messages: of turns with pictures the contents are parts, with ``{"type": "image"}`` in each picture's place.
+            pictures: PNG or JPEG files, in order.
+
+        Raises:
+            EngineRefused: the model has no projector, or cannot take these pictures or turns.
+        """
+        files = iter(map(as_text, pictures))
+
+        def shown(part: Mapping[str, Any]) -> Mapping[str, Any]:
+            return part if part["type"] != "image" else {"type": "image_url", "image_url": {
+                "url": f"data:image/png;base64,{next(files)}"}}
+
+        turns = [turn if isinstance(turn["content"], str) else {**turn, "content": [*map(shown, turn["content"])]}
+                 for turn in messages]
+        return self._completed({"prompt_string": self.apply_template(turns),
+                                "multimodal_data": [*map(as_text, pictures)]}, count)
+
+    def _completed(self, prompt: list[int] | dict[str, Any], count: int) -> Completion:
+        reply = self._post("/completion", prompt=prompt, n_predict=count, temperature=0, top_k=1, repeat_penalty=1,
                            return_tokens=True, cache_prompt=False)
         ended = reply["stop_type"] == "eos"
         return Completion(tuple(reply["tokens"][:-1] if ended else reply["tokens"]), ended)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
+from gemma_tune.answers.sight import SEEN
+from gemma_tune.encoding.eye import Eye
 from gemma_tune.encoding.tokens import open_tokens
-from gemma_tune.export import calibration
-from support.command import copied_run
+from gemma_tune.export import calibration, looked_at
+from gemma_tune.gguf.engine import Engine, EngineRefused
+from support.command import MANIFEST_SCHEMA, copied_run
 from support.ollama import LoopbackOllama
 from support.seeing import show_pictures, trained_seer
 from support.uploads import _validated
@@ -83,6 +87,51 @@ def test_what_measures_text_leaves_pictures_out(cli, run, model, calibrated, whi
     assert cli("status").code == 0 and cli("status", "--verify").code == 0
 
 
+@pytest.fixture
+def looked(cli, run, model):
+    """What an export finds out by showing llama.cpp pictures."""
+    show_pictures(run, model, lambda n: n == 2)
+    assert cli("merge", "--no-check").code == 0
+
+    def found() -> tuple[dict, str]:
+        result = cli("export-ollama", "--quant", "f16", "--no-measure", "--no-create", "--force", "--json")
+        assert result.code == 0, result.err
+        manifest = json.loads((run / "manifest.json").read_text())
+        jsonschema.validate(manifest, MANIFEST_SCHEMA)
+        return manifest["stages"]["export-ollama"]["summary"], " ".join(result.err.split())
+
+    return found
+
+
+def test_an_answer_to_a_row_is_compared_with_the_merged_model_that_looks_itself(looked, monkeypatch):
+    written, see = Eye.written, looked_at.see
+    # llama.cpp writes no line ends around pictures of Gemma 3.
+    monkeypatch.setattr(Eye, "written", lambda self, size: written(self, size).strip("\n"))
+    summary, said = looked()
+    figures = summary["projector"]
+    assert figures["row_same"] == figures["row_tokens"] > 0
+    assert f"the first {figures['row_same']} of {figures['row_tokens']} tokens are the merged model's" in said
+    report = (RUN / "ollama/report.md").read_text()
+    assert f"has {figures['row_tokens']} tokens, of which the first {figures['row_same']} are those of the merged model" in report
+    monkeypatch.setattr(looked_at, "see", lambda *args: {SEEN: -5 * see(*args)[SEEN]})
+    figures = looked()[0]["projector"]
+    assert figures["row_same"] < figures["row_tokens"], "it looks at the picture"
+
+
+def test_why_a_row_was_not_asked_about(looked, monkeypatch):
+    def refuses(*_):
+        raise EngineRefused("llama.cpp refuses it: too large")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Engine, "complete_seen", refuses)
+        summary, said = looked()
+    reason = "pictures: answers to a row with some: llama.cpp refuses it: too large"
+    assert reason in summary["unchecked"] and f"not checked: {reason}" in said
+    assert "row_tokens" not in summary["projector"] and "pictures_apart" in summary["projector"]
+    monkeypatch.setattr(looked_at, "place", lambda parameters: (None, "it takes too much"))
+    assert "pictures: answers to a row with some: it takes too much" in looked()[0]["unchecked"]
+
+
 def test_nothing_of_it_is_said_of_rows_of_text(cli, run):
     merged = cli("merge", "--json")
     assert merged.code == 0 and "built-in example" not in merged.err
@@ -91,3 +140,4 @@ def test_nothing_of_it_is_said_of_rows_of_text(cli, run):
     result = cli("export-ollama", "--quant", "q4_0", "--no-create", "--json")
     assert result.code == 0 and "of the training rows and " in " ".join(result.err.split())
     assert not any("have pictures" in text for text in result.json["summary"].get("unchecked", ()))
+    assert "pictures_apart" in result.json["summary"]["projector"] and "row_tokens" not in result.json["summary"]["projector"]

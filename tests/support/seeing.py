@@ -22,10 +22,13 @@ from support.models import make_seeing
 from support.towers import make_seer
 
 
-def make_picture(folder: Path, seed: int, size: tuple[int, int] = (60, 44)) -> str:
+SIDE = 56  # pixels, as many as the small Gemma sees
+
+
+def make_picture(folder: Path, seed: int) -> str:
     """A PNG file of noise under the name that ``prepare`` gives it, as rows have that."""
     folder.mkdir(exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "new.png")
     name = hashlib.sha256((folder / "new.png").read_bytes()).hexdigest() + ".png"
     (folder / "new.png").rename(folder / name)
@@ -75,8 +78,8 @@ def show_pictures(run: Path, model: Path, which: Callable[[int], int]) -> dict[s
         for n, row in enumerate(prepared):
             turn = next(turn for turn in row["messages"] if turn["role"] == "user")
             if count := which(n):
-                turn["pictures"] = [{"at": at, "file": make_picture(run / "data" / "pictures", 100 * len(found) + 10 * n + at, (60, 44 + 20 * at))}
-                                    for at in range(count)]
+                folder, seed = run / "data" / "pictures", 100 * len(found) + 10 * n
+                turn["pictures"] = [{"at": at, "file": make_picture(folder, seed + at)} for at in range(count)]
         write_rows(path, prepared)
         with TokenWriter(run / "data" / "tokens" / f"{side}.arrow") as writer:
             for outcome in Encoder(chat, 8192).encode(prepared):
