@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from gemma_tune.answers.sight import _TAKEN, SEEN, beside, see
 from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.eye import eye_of
+from gemma_tune.encoding.tokenizer import load_tokenizer
 from gemma_tune.measure import likelihood
 from gemma_tune.measure.likelihood import batches, negative_log_likelihoods, wanted_of
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from support.gemmas import make_family
+from support.seeing import make_picture
+from support.towers import make_seer
 from support.training import plain_loss
 
 
@@ -79,3 +87,35 @@ def test_sequences_of_similar_length_go_together_the_longest_first():
     found = batches(lengths, 60)
     assert found == [[5], [1, 3], [2, 4, 0]]
     assert sorted(n for batch in found for n in batch) == list(range(6))
+
+
+@pytest.mark.parametrize("family", ["mistral3", "gemma4-small", "gemma4-large", "qwen3.5"])
+def test_rows_with_pictures_are_predicted_as_by_the_model_that_looks_itself(tmp_path, family):
+    """In one batch with a row of text alone, by what was seen before."""
+    folder = make_seer(family, tmp_path / "model").folder
+    if family.startswith("gemma4"):  # whose random tower knows no more than 40 places to a side
+        path = folder / "processor_config.json"
+        path.write_text(path.read_text().replace('"max_soft_tokens": 280', '"max_soft_tokens": 70'))
+    tokenizer = load_tokenizer(folder)
+    eye = eye_of(folder, tokenizer, tmp_path / "pictures")
+    names = [Path(make_picture(eye.folder, n)).name for n in range(2)]
+    model = load_model(folder, Placement("cpu", torch.float32, "test"), sight="towers").eval()
+    data, theirs = [], []
+    for own in (names, [], names[:1]):
+        text = eye.shown("".join(f"one {eye.place} two" for _ in own) + " three four", own)
+        ids = np.array(tokenizer(text, add_special_tokens=False).input_ids)
+        labels = np.where(np.arange(len(ids)) >= len(ids) - 3, ids, -100)
+        data.append({"input_ids": ids, "labels": labels, "pictures": own})
+        shown = [{key: value for key, value in eye.inputs(name).items() if key in _TAKEN} for name in own]
+        inputs = {key: torch.cat([one[key] for one in shown]) for key in shown[0]} if own else {}
+        marks = {eye.marks: torch.from_numpy(ids == eye.soft_id)[None].long()} if own and eye.marks else {}
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(ids)[None], **inputs, **marks).logits[0, -4:-1]
+        theirs.append(torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[-3:]), reduction="sum").item())
+    seen = {name: see(model, eye, name) for name in names}
+    blind = load_model(folder, Placement("cpu", torch.float32, "test"), sight="features")
+    found = negative_log_likelihoods(blind, wanted_of(data), beside=partial(beside, seen, eye))
+    assert found == pytest.approx(theirs, rel=1e-4)
+    other = {name: {**features, SEEN: -features[SEEN]} for name, features in seen.items()}
+    moved = negative_log_likelihoods(blind, wanted_of(data), beside=partial(beside, other, eye)) - found
+    assert abs(moved[0]) > 1e-3 < abs(moved[2]) and moved[1] == pytest.approx(0, abs=1e-4)

@@ -21,7 +21,6 @@ from support.command import QUICK, invoke, rows, write_rows
 from support.models import make_seeing
 from support.towers import make_seer
 
-
 SIDE = 56  # pixels, as many as the small Gemma sees
 
 
