@@ -62,6 +62,8 @@ def card_of(repo_id: str, merged: Path, files: Sequence[Listed], to_take: str, s
     example = next(file for file in files if file.name == to_take)
     header = {name: value for name, value in told.items() if name != "library_name"}
     header["tags"] = ["gguf", *told.get("tags", ["gemma-tune"])]
+    if projector is None and "pipeline_tag" in header:
+        header["pipeline_tag"] = "text-generation"  # though the merged model takes pictures
     figures = summary["quants"]
     losses = ExportChecks.recorded(figures, summary).losses
     differs = [f"- {text}" for text in summary.get("different_in_ollama", ())]

@@ -303,6 +303,17 @@ def test_a_base_at_the_hub_and_what_ollama_does_otherwise_are_in_the_card(tmp_pa
     assert card.endswith("## How it was made\n\nrow\n\n## Licence\n\nTerms\n") and "\ncode\n" not in card
 
 
+def test_files_of_a_model_that_learned_from_pictures_are_called_what_they_are(tmp_path):
+    (tmp_path / "README.md").write_text("---\npipeline_tag: image-text-to-text\n---\n# m, fine-tuned\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3"}))
+    target = Target("m", OllamaChat("{{ .Prompt }}", ()), {}, None, None)
+    file = Listed("x-Q8_0.gguf", "Q8_0", 9)
+    summary = {"quants": {"q8_0": {"bytes": 9}}, "projector": {"senses": ["vision"]}}
+    for projector, task in ((None, "text-generation"), (Listed("mmproj-x-f16.gguf", None, 9), "image-text-to-text")):
+        card = card_of("a/b", tmp_path, [file], file.name, summary, target, projector)
+        assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == task
+
+
 def test_a_system_prompt_of_the_chat_templates_own_is_in_the_card(tmp_path):
     """SmolLM2 and Qwen2.5 have one: it is pushed for Ollama, and llama.cpp finds it in the template."""
     target = Target("x", OllamaChat("{{ .Prompt }}", (), default_system="You are Smol."), {}, None, None)
