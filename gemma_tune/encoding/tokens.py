@@ -153,14 +153,20 @@ def pictures_in(dataset: Any) -> list[str]:
 
 def pictured(dataset: Any) -> np.ndarray:
     """Which sequences have pictures (bool), without reading them."""
+    return _pictured(dataset.data)
+
+
+def pictured_rows(path: Path) -> int:
+    """How many rows of a file have pictures, without `datasets`, which takes a second to import."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        table = stream.read_all()
+        return len(np.unique(table.column("row").to_numpy()[_pictured(table)]))
+
+
+def _pictured(table: Any) -> np.ndarray:
     import pyarrow.compute as pc
 
-    return pc.binary_length(dataset.data.column("pictures")).to_numpy() > 0
-
-
-def pictured_rows(dataset: Any) -> int:
-    """How many rows have pictures."""
-    return len(np.unique(dataset.data.column("row").to_numpy()[pictured(dataset)]))
+    return pc.binary_length(table.column("pictures")).to_numpy() > 0
 
 
 def digests_of(dataset: Any) -> set[bytes]:

@@ -24,11 +24,14 @@ def prepared_as(session: Session, names: Sequence[str] = HOW_ROWS_ARE_READ) -> P
 
 
 def rows_with_pictures(session: Session, side: str) -> int:
-    """How many of the run's rows on one side, ``train`` or ``valid``, have pictures."""
-    from gemma_tune.encoding.tokens import open_tokens, pictured_rows
+    """How many of the run's rows on one side, ``train`` or ``valid``, have pictures; 0 where their tokens are gone or
+    damaged, which is for those to tell who need them."""
+    from gemma_tune.encoding.tokens import pictured_rows
 
-    path = session.run.tokens / f"{side}.arrow"
-    return pictured_rows(open_tokens(path)) if path.is_file() else 0
+    try:
+        return pictured_rows(session.run.tokens / f"{side}.arrow")
+    except (OSError, ValueError):
+        return 0
 
 
 def is_example(manifest: Manifest) -> bool:

@@ -184,7 +184,7 @@ def written(path: Path, *names: str) -> Path:
 def test_which_sequences_and_rows_have_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "_BATCH", 2)  # several chunks
     dataset = open_tokens(written(tmp_path / "t.arrow", "", "a.png b.png", ""))
-    assert tokens.pictured(dataset).tolist() == [False, True, False, True, False, True] and tokens.pictured_rows(dataset) == 2
+    assert tokens.pictured(dataset).tolist() == [False, True, False, True, False, True] and tokens.pictured_rows(tmp_path / "t.arrow") == 2
     plain = tokens.those(dataset, ~tokens.pictured(dataset))
     assert [row["pictures"] for row in plain] == [[]] * 3 and not tokens.pictured(plain).any()
     assert [row["pictures"] for row in tokens.those(dataset, tokens.pictured(dataset))] == [["a.png", "b.png"], ["a.png"], ["b.png"]]
@@ -198,7 +198,7 @@ def test_tokens_of_before_there_were_pictures(tmp_path):
         stream.write_table(table)
     dataset = open_tokens(tmp_path / "old.arrow")
     assert [row["pictures"] for row in dataset] == [[]] * 4 and dataset[0]["labels"].tolist() == [-100, -100, 2, 3]
-    assert not tokens.pictured(dataset).any() and tokens.pictured_rows(dataset) == 0 and pictures_in(dataset) == []
+    assert not tokens.pictured(dataset).any() and tokens.pictured_rows(tmp_path / "old.arrow") == 0 and pictures_in(dataset) == []
 
 
 def test_labels_of_ranges_that_touch_and_of_none():

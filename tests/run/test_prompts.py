@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from gemma_tune.base.checkpoint import context_length
+from gemma_tune.encoding.tokens import TokenWriter
 from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import Manifest
+from gemma_tune.run.prepared import rows_with_pictures
 from gemma_tune.run.prompts import held_out, prompt_limit
 from support.command import rows, write_rows
 
@@ -52,6 +55,21 @@ def test_a_prompt_that_a_multimodal_model_was_trained_with_is_asked(tmp_path):
     assert held_out(run, Words(), 1, 256)[0].messages == json.loads(json.dumps(long["messages"][:1]))
     assert len(held_out(run, Words(), 9, 256)) == 6
     assert len(held_out(run, Words(), 9, 256, most=2048)) == 5
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"no tokens", 200], ids=["gone", "empty", "other", "cut"])
+def test_tokens_that_cannot_be_read_have_no_pictures_to_tell_of(tmp_path, damage):
+    run = session({}, tmp_path)
+    run.run.tokens.mkdir(parents=True)
+    path = run.run.tokens / "train.arrow"
+    with TokenWriter(path) as writer:
+        writer.add([(np.arange(4, dtype=np.int32), np.array([2, 4], np.int32), "a.png")])
+    assert rows_with_pictures(run, "train") == 1
+    whole = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(whole[:damage] if isinstance(damage, int) else damage)
+    assert rows_with_pictures(run, "train") == 0
 
 
 def test_prompts_with_pictures_are_left_out(tmp_path):
