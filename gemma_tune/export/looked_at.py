@@ -40,8 +40,9 @@ def asked_about_a_row(session: Session, source: ExportSource, sight: Sight, gguf
     if source.chat.eye is None or not {"engine", "pictures_apart"} <= sight.figures.keys():
         return sight
     source.chat.eye.folder = session.run.pictures
-    if (turns := _question(session, source.chat)) is None:
+    if (question := _question(session, source.chat)) is None:
         return sight
+    turns, pictures = question
     placement, lacking = place(parameter_count(open_tensors(source.merged).values()))
     if placement is None:
         return replace(sight, unchecked=f"{UNCHECKED}answers to a row with some: {lacking}")
@@ -49,8 +50,7 @@ def asked_about_a_row(session: Session, source: ExportSource, sight: Sight, gguf
     try:
         with Engine(gguf, CONTEXT, projector=sight.lies_at) as engine:
             answer = engine.complete_seen([with_parts(turn) if PICTURES in turn else turn for turn in turns],
-                                          [_as_png(session.run.pictures / name) for name in pictures_of(turns)],
-                                          ANSWER_TOKENS)
+                                          pictures, ANSWER_TOKENS)
     except WorkFailed as e:
         return replace(sight, unchecked=f"{UNCHECKED}answers to a row with some: {e.message}")
     own = _likeliest(load_model(source.merged, placement, sight="towers").eval(), source.chat, turns, answer)
@@ -61,15 +61,17 @@ def asked_about_a_row(session: Session, source: ExportSource, sight: Sight, gguf
     return replace(sight, figures={**sight.figures, "row_tokens": len(given), "row_same": same})
 
 
-def _question(session: Session, chat: ChatFormat) -> Turns | None:
-    """Turns with pictures before an answer, of a row that training has not seen, else of another; None without any."""
+def _question(session: Session, chat: ChatFormat) -> tuple[Turns, list[bytes]] | None:
+    """Turns with pictures before an answer, of a row that training has not seen, else of another, and the pictures as
+    PNG files; None without any."""
     for path in (session.run.valid_rows, session.run.train_rows):
         for prompt in itertools.islice(read_prompts(path), LOOKED_AT) if path.exists() else ():
             if pictures_of(prompt.messages) and not prompt.tools:
-                # The data was prepared again, for another template; or pictures are gone.
+                # The data was prepared again, for another template; or pictures are gone or damaged.
                 with contextlib.suppress(FormatError, OSError):
                     if len(chat.prompt_ids(prompt.messages)) + ANSWER_TOKENS <= CONTEXT:
-                        return prompt.messages
+                        return prompt.messages, [_as_png(session.run.pictures / name)
+                                                 for name in pictures_of(prompt.messages)]
     return None
 
 

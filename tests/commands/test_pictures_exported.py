@@ -132,6 +132,12 @@ def test_why_a_row_was_not_asked_about(looked, monkeypatch):
     assert "pictures: answers to a row with some: it takes too much" in looked()[0]["unchecked"]
 
 
+def test_a_damaged_picture_costs_no_file(looked, run):
+    for path in (run / "data/pictures").iterdir():
+        path.write_bytes(path.read_bytes()[:2000])
+    assert "row_tokens" not in looked()[0]["projector"] and (RUN / "ollama/seer-f16.gguf").is_file()
+
+
 def test_nothing_of_it_is_said_of_rows_of_text(cli, run):
     merged = cli("merge", "--json")
     assert merged.code == 0 and "built-in example" not in merged.err
