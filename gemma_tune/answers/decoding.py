@@ -13,7 +13,6 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from gemma_tune.answers.lengths import read_before
@@ -34,11 +33,17 @@ _KNOWN = {"_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", 
 _NEUTRAL = {"num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"}  # at 1
 # From these models reckon where tokens are, and what follows them, which is the number of the token for others.
 _PLACES = ("image_grid_thw",)
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ATTENTION = {"full_attention", "sliding_attention"}
 
 _kept: weakref.WeakKeyDictionary[Any, list[Decoder]] = weakref.WeakKeyDictionary()  # the last used ones last
 _given_up: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+Beside = Callable[[int], Mapping[str, Any]]
+
+
+def _nothing(read: int) -> Mapping[str, Any]:
+    return {}
 
 
 class GaveUp(Exception):
@@ -82,7 +87,7 @@ def beside_attention(base: Any) -> str:
 
 def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: int, limit: int,
             arguments: Mapping[str, Any], every: int, capture: bool | None = None,
-            beside: Mapping[str, Any] = _NOTHING) -> Iterator[list[list[int]]]:
+            beside: Beside = _nothing, known: Sequence[int | str] | None = None) -> Iterator[list[list[int]]]:
     """Continue token ids, as ``generate`` does with the same arguments.
 
     To be used under ``torch.inference_mode()``.
@@ -94,7 +99,9 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
         arguments: of :func:`gemma_tune.answers.sampling.sampling_arguments`.
         every: steps after which tokens are read, which the GPU does not wait for.
         capture: None captures where the device can.
-        beside: what the model is given beside the ids to read the prompts, see ``sight.beside``.
+        beside: what the model is given beside the ids to read the prompts, where it has read so many tokens of a single
+            one before, see ``sight.beside``.
+        known: the ids of a single prompt as ``sight.told_apart`` has them, where they are not all of it.
 
     Yields:
         the next up to ``every`` tokens of each row. Iterating ends when all rows have ended, or at the limit.
@@ -106,7 +113,7 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
     capture = model.device.type == "cuda" if capture is None else capture
     try:
         yield from _decoded(model, ids, mask, frozenset(stop_ids), pad, limit, chooser(arguments, mask), every, capture,
-                            beside)
+                            beside, known)
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001 - in as many ways as a model can differ from what is known here
@@ -122,10 +129,9 @@ def give_up(model: Any, reason: str) -> None:
 
 
 def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int, limit: int, choose: Chooser | None,
-             every: int, capture: bool, beside: Mapping[str, Any]) -> Iterator[list[list[int]]]:
+             every: int, capture: bool, beside: Beside, known: Sequence[int | str] | None) -> Iterator[list[list[int]]]:
     rows, width = ids.shape
-    # What pictures stand behind ids these do not tell, so such a prompt is read as a whole.
-    prompt = ids[0].tolist() if rows == 1 and bool(mask.all()) and not beside else []
+    prompt = list(known or ids[0].tolist()) if rows == 1 and bool(mask.all()) else []
     state = _state(model)
     decoder, same = _take(model, rows, width + 1, width + min(limit, ROOM), prompt, state)
     waiting: deque[tuple[Any, Any]] = deque()
@@ -236,9 +242,9 @@ class Decoder:
         self._pool: Any = None
         self._key = (0, True)
         self._eager = self._made = 0
-        self.known: list[int] = []  # ids of a single row whose keys and values are in the cache
+        self.known: list[int | str] = []  # ids of a single row whose keys and values are in the cache
 
-    def same(self, prompt: Sequence[int], state: int) -> int:
+    def same(self, prompt: Sequence[int | str], state: int) -> int:
         """How many positions of a prompt need not be read again: those of its beginning that are in the cache, computed
         by the model in this state, where they are most of it. What is read behind others takes slower kernels."""
         if not prompt or not self.known or not self.is_of(state):
@@ -252,7 +258,7 @@ class Decoder:
 
     def begin(self, model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int,
               choose: Chooser | None, state: int, same: int,
-              beside: Mapping[str, Any] = _NOTHING) -> None:
+              beside: Beside = _nothing) -> None:
         """Read the prompts, but for the first ``same`` positions, which are in the cache; choose the first token."""
         import torch
 
@@ -277,7 +283,7 @@ class Decoder:
         with _no_planning():
             logits = model(input_ids=ids[:, same:], attention_mask=self.mask if same else mask,
                            position_ids=places[:, same:], past_key_values=self.cache, use_cache=True,
-                           **self._last, **beside).logits[:, -1]
+                           **self._last, **beside(same)).logits[:, -1]
         if self.stops is None:
             self.stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=ids.device)
         self.stops.zero_()
@@ -423,7 +429,7 @@ def _state(model: Any) -> int:
     return hash((model.training, *adapters, *weights))
 
 
-def _take(model: Any, rows: int, least: int, wanted: int, prompt: Sequence[int], state: int,
+def _take(model: Any, rows: int, least: int, wanted: int, prompt: Sequence[int | str], state: int,
           ) -> tuple[Decoder, int]:
     """A decoder for so many rows, out of those kept if one fits, or has read most of the prompt, and how much of it;
     nobody else has it while it is used."""
@@ -445,7 +451,7 @@ def _take(model: Any, rows: int, least: int, wanted: int, prompt: Sequence[int],
     return Decoder(model, rows, max(SMALLEST, 1 << (wanted - 1).bit_length())), 0
 
 
-def _keep(model: Any, decoder: Decoder, known: Sequence[int] = ()) -> None:
+def _keep(model: Any, decoder: Decoder, known: Sequence[int | str] = ()) -> None:
     """Keep a decoder for the next answer; ``known`` is what its single row has, the last of which may not have been
     read yet."""
     if model in _given_up:

@@ -104,7 +104,8 @@ def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], ma
         if seconds is None and decoding.pays(model) and decoding.reads(shown):
             with contextlib.suppress(decoding.GaveUp):
                 groups = list(decoding.decoded(model, ids, mask, stop_ids=chat.stop_ids, pad=pad, limit=limit,
-                                               arguments=arguments, every=READ_EVERY, beside=shown))
+                                               arguments=arguments, every=READ_EVERY,
+                                               beside=lambda read: shown))
                 return [_cut(chat, list(itertools.chain.from_iterable(row))) for row in zip(*groups)]
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
                              max_new_tokens=limit, max_time=seconds, logits_processor=finite_logits(model),

@@ -187,19 +187,23 @@ class Stream(Streaming):
 
         with torch.inference_mode(), self._state():
             ids = torch.tensor([self._ids], device=self._model.device)
-            shown = beside(self._seen, self._eye, ids, [self._pictures])
-            if decoding.pays(self._model) and decoding.reads(shown):
+            if decoding.pays(self._model) and decoding.reads(self._shown(ids)):
                 with contextlib.suppress(decoding.GaveUp):
-                    self._decode(ids, shown)
+                    self._decode(ids)
                     return
             self._go_on()
 
-    def _decode(self, ids: Any, shown: Mapping[str, Any]) -> None:
+    def _shown(self, ids: Any, read: int = 0) -> dict[str, Any]:
+        """What the model is given beside a prompt's ids, of which it has read so many before."""
+        return beside(self._seen, self._eye, ids, [self._pictures], read)
+
+    def _decode(self, ids: Any) -> None:
         import torch
 
         groups = decoding.decoded(self._model, ids, torch.ones_like(ids), stop_ids=self._chat.stop_ids,
                                   pad=self._chat.stop_ids[0], limit=self._limit, arguments=self._arguments, every=1,
-                                  beside=shown)
+                                  beside=lambda read: self._shown(ids, read),
+                                  known=told_apart(self._eye, self._ids, self._pictures))
         with contextlib.closing(groups):
             for [tokens] in groups:
                 self._pieces.take(tokens)
@@ -227,8 +231,7 @@ class Stream(Streaming):
             max_new_tokens=self._limit - self._pieces.tokens, eos_token_id=self._chat.stop_ids,
             pad_token_id=self._chat.stop_ids[0], stopping_criteria=StoppingCriteriaList([Stopped()]),
             logits_processor=finite_logits(self._model), **self._arguments,
-            **beside(self._seen, self._eye, ids, [self._pictures],
-                     read=0 if cache is None else self._kept.reused),
+            **self._shown(ids, 0 if cache is None else self._kept.reused),
             **({} if cache is None else {"past_key_values": cache}))
         if cache is not None:
             self._kept.keep(cache, known + written[0, len(known):].tolist())

@@ -172,21 +172,30 @@ def test_a_cache_of_fixed_size_reads_pictures(case, family):
     assert not decoding.unknown(case.model)
     with torch.inference_mode():
         groups = list(decoding.decoded(case.model, ids, mask, stop_ids=case.chat.stop_ids, pad=0, limit=TOKENS, arguments=GREEDY,
-                                       every=4, capture=False, beside=shown))
+                                       every=4, capture=False, beside=lambda read: shown))
         assert groups and case.model not in decoding._given_up
         for n, row in enumerate(rows):
             written = [token for group in groups for token in group[n]]
             expected = case.theirs(row)
             assert written[:len(expected)] == expected
-    # Of a single prompt with a picture nothing is taken for that of another.
-    for turns in (rows[0], [asked("what is it", "1.png", "2.png")]):
-        ids = torch.tensor([prompt_ids(case.chat, turns)])
-        with torch.inference_mode():
-            [group] = decoding.decoded(case.model, ids, torch.ones_like(ids), stop_ids=case.chat.stop_ids, pad=0, limit=TOKENS,
-                                       arguments=GREEDY, every=TOKENS, capture=False,
-                                       beside=beside(case.seen, eye, ids, [Prompt(turns).pictures]))
-        expected = case.theirs(turns)
-        assert group[0][:len(expected)] == expected
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "gemma4-small", "gemma4-large"])
+def test_such_a_cache_keeps_pictures_from_turn_to_turn(case, family, monkeypatch):
+    case, turns, read = case(family), [], []
+    monkeypatch.setattr(decoding, "pays", lambda model: True)
+    taken = decoding._take
+    monkeypatch.setattr(decoding, "_take", lambda *args: read.append(found := taken(*args)) or found)
+    for question in (asked("see", "1.png"), asked("and"), asked("this", "2.png"), asked("so?")):
+        turns = [*turns, question]
+        found = answer(case, None, turns)
+        assert found == case.theirs(turns)
+        turns = [*turns, {"role": "assistant", "content": case.said(found).strip() or "nothing"}]
+    assert len(read) == 4 and case.model not in decoding._given_up
+    assert read[0][1] == 0 < read[3][1], "most of a prompt has been read before"
+    other = [asked("see", "0.png"), *turns[1:3]]
+    assert answer(case, None, other) == case.theirs(other)
+    assert read[-1][1] < prompt_ids(case.chat, other).index(case.chat.eye.soft_id) + 1, "another picture is read"
 
 
 def test_where_tokens_are_reckoned_from_pictures_generate_answers(case, monkeypatch):
