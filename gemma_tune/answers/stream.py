@@ -195,7 +195,7 @@ class Stream(Streaming):
 
     def _shown(self, ids: Any, read: int = 0) -> dict[str, Any]:
         """What the model is given beside a prompt's ids, of which it has read so many before."""
-        return beside(self._seen, self._eye, ids, [self._pictures], read)
+        return beside(self._seen, self._eye, ids, [self._pictures], read=read)
 
     def _decode(self, ids: Any) -> None:
         import torch

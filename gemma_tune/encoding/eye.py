@@ -41,11 +41,9 @@ class _Tokens:
 
 
 def _of_gemma3(tokens: _Tokens, inputs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    whole = f"\n\n{tokens.before}{tokens.soft * config.get('mm_tokens_per_image', 256)}{tokens.behind}\n\n"
-    if not (crops := int(inputs["num_crops"][0])):
-        return whole
-    return (f"Here is the original image {whole} and here are some crops to help you see better "
-            + " ".join([whole] * crops))
+    """Without the two line ends that transformers' processor writes before and behind a picture: llama.cpp, and Ollama
+    with it, write none, and no template can add them there."""
+    return tokens.before + tokens.soft * config.get("mm_tokens_per_image", 256) + tokens.behind
 
 
 def _of_gemma4(tokens: _Tokens, inputs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -152,7 +150,9 @@ class Eye:
 
     def prepared(self, picture: Image, kind: str | None = None) -> dict[str, Any]:
         """What the processor makes of a picture, as lists or tensors ("pt")."""
-        return dict(self.processor(images=[picture], return_tensors=kind))
+        # Pieces of a picture beside the whole are nothing that llama.cpp makes.
+        whole = {"do_pan_and_scan": False} if self._family.written is _of_gemma3 else {}
+        return dict(self.processor(images=[picture], return_tensors=kind, **whole))
 
     def written(self, size: tuple[int, int]) -> str:
         """The tokens of a picture, as text.
@@ -165,9 +165,9 @@ class Eye:
 
             if len(self._written) > _SIZES:
                 self._written.clear()
-            always = self.config["model_type"] == "gemma3" and not self.processor.do_pan_and_scan
-            # Of its content nothing depends.
-            inputs = {"num_crops": [0]} if always else self.prepared(Image.new("RGB", size), "np")
+            # All of Gemma 3's are alike; of others' content nothing depends.
+            alike = self._family.written is _of_gemma3
+            inputs = {} if alike else self.prepared(Image.new("RGB", size), "np")
             self._written[size] = self._family.written(self.tokens, inputs, self.config)
         return self._written[size]
 

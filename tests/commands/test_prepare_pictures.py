@@ -17,7 +17,7 @@ from gemma_tune.prepare import passes
 from gemma_tune.prepare import pictures as module
 from support.command import MANIFEST_SCHEMA, invoke, rows, write_rows
 from support.models import make_seeing
-from support.picture_files import as_bytes, drawn, let_be_read, moving, name_of, prepared_row, save, shown, turned
+from support.picture_files import as_bytes, drawn, moving, name_of, prepared_row, save, shown, turned
 from support.prepared import DATA, contents, read, report
 
 RUN = DATA.parent
@@ -26,11 +26,6 @@ RUN = DATA.parent
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory) -> Path:
     return make_seeing(tmp_path_factory.mktemp("seeing") / "tiny-gemma")
-
-
-@pytest.fixture(autouse=True)
-def reader(monkeypatch):
-    let_be_read(monkeypatch)
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ from gemma_tune.data.usable import usable
 from gemma_tune.encoding.sequences import Encoder
 from support.command import rows
 from support.models import make_seeing
-from support.picture_files import let_be_read, save, shown
+from support.picture_files import save, shown
 from support.prepared import format_of
 
 
 @pytest.mark.parametrize("sees", [True, False])
-def test_a_row_with_a_picture_is_refused_by_name(tiny, tmp_path, monkeypatch, sees):
-    let_be_read(monkeypatch)
+def test_a_row_with_a_picture_is_refused_by_name(tiny, tmp_path, sees):
     save("a.png")
     model = make_seeing(tmp_path / "seeing") if sees else tiny
     given = [Row("more.jsonl", n, value) for n, value in enumerate((shown("a.png"), *rows(2)), start=1)]

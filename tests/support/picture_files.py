@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from gemma_tune.data.conversations import turns
 from support.templates import assistant, user
 
 
@@ -66,20 +65,3 @@ def prepared_row(*names: str, question: str = "What is this?", answer: str = "A 
     """The same as ``prepare`` writes it."""
     return {"messages": [user(question) | {"pictures": [{"at": 0, "file": f"pictures/{name}"} for name in names]},
                          assistant(answer)]}
-
-
-def let_be_read(monkeypatch: Any) -> None:
-    """Have the pictures of a user's parts read that stand before the text."""
-    plain = turns._turn
-
-    def turn(number: int, messages: list[Any], problems: list[Any], answered: bool) -> Any:
-        parts = messages[number - 1].get("content")
-        if not isinstance(parts, list):
-            return plain(number, messages, problems, answered)
-        pictures = [{"at": 0, **{key: part[key] for key in ("path", "base64") if key in part}} for part in parts
-                    if part["type"] == "image"]
-        said = {**messages[number - 1], "content": [part for part in parts if part["type"] != "image"]}
-        read = plain(number, [*messages[:number - 1], said, *messages[number:]], problems, answered)
-        return {**read, "pictures": pictures} if pictures else read
-
-    monkeypatch.setattr(turns, "_turn", turn)
