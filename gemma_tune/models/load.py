@@ -106,14 +106,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
                 **extra)
         if not four_bit and shards == 1:
             model = model.to(placement.device)
-        if in_four_bits(config):
-            _compute_in(model, placement.dtype)
+        _settle(model, config, placement)
         with_decoder(model)
-        # On some CPUs bitsandbytes packs 4-bit weights anew when they first answer without a gradient (AVX512): a
-        # layout without a backward pass, whose return rounds the scales.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_row_after_row)
     except ImportError as e:
@@ -142,13 +136,17 @@ def load_towers(checkpoint: Path, placement: Placement) -> PreTrainedModel:
     quiet_libraries()
     with keeping_garbage():
         from transformers import AutoConfig, AutoModel
+    config = read_config(checkpoint)
+    extra = _where_and_how(config, placement, False, 1, "towers")
     try:
         whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         with without_text(whole):
             model, info = AutoModel.from_pretrained(
                 checkpoint, dtype=placement.dtype, attn_implementation=attention_of(whole.model_type, towers=True),
-                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+                **extra)
         model = model.to(placement.device).eval()
+        _settle(model, config, placement)
     except Exception as e:  # noqa: BLE001 - as of load_model
         if is_out_of_memory(e):
             raise no_memory(e, "close other programs, or take a smaller model") from e
@@ -204,6 +202,17 @@ def _refuse_unfit(checkpoint: Path, info: Mapping[str, Any], whole: bool = True)
         more = [f"… and {len(problems) - _SHOWN:,} more"] if problems[_SHOWN:] else []
         raise UserError(f"{checkpoint} does not fit its config.json", remedy(checkpoint) or "download the model again",
                         problems[:_SHOWN] + more)
+
+
+def _settle(model: PreTrainedModel, config: Mapping[str, Any], placement: Placement) -> None:
+    """Let 4-bit weights, where there are any, stay as they are and compute in the placement's type."""
+    if in_four_bits(config):
+        _compute_in(model, placement.dtype)
+    # On some CPUs bitsandbytes packs 4-bit weights anew when they first answer without a gradient (AVX512): a layout
+    # without a backward pass, whose return rounds the scales.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

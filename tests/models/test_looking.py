@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -33,6 +35,20 @@ def test_towers_alone_see_what_they_see_in_the_model(family, tmp_path, pictures)
     expected, found = see(whole, eye, "0.png"), see(alone, eye, "0.png")
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in found)
     assert 2 * sum(p.numel() for p in alone.parameters()) < sum(p.numel() for p in whole.parameters()), "no text model"
+
+
+def test_towers_of_a_checkpoint_in_4_bits(tmp_path, pictures):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    folder = seers.make("gemma3", tmp_path / "gemma3")
+    packed = shutil.copytree(folder, tmp_path / "packed")
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForImageTextToText.from_pretrained(folder, quantization_config=four, device_map={"": "cpu"}).save_pretrained(packed)
+    eye = eye_of(packed, load_tokenizer(packed), pictures)
+    whole, alone = load_model(packed, PLACEMENT, sight="towers").eval(), load_towers(packed, PLACEMENT)
+    assert any("4bit" in type(module).__name__ for module in alone.modules())
+    assert torch.equal(see(whole, eye, "0.png")["features"], see(alone, eye, "0.png")["features"])
 
 
 def test_towers_are_loaded_once_and_a_picture_looked_at_once(tmp_path, pictures, monkeypatch):
