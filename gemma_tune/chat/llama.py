@@ -62,10 +62,11 @@ class LlamaStream(Streaming):
 class LlamaTalk(Streaming):
     """An answer of llama.cpp to a conversation with pictures, whose prompt it makes itself."""
 
-    def __init__(self, engine: Engine, messages: list[dict[str, Any]], limit: int, settings: dict[str, Any]):
+    def __init__(self, engine: Engine, chat: ChatFormat, messages: list[dict[str, Any]], limit: int,
+                 settings: dict[str, Any]):
         self._engine, self._messages, self._limit, self._settings = engine, messages, limit, settings
         self._tokens = 0
-        super().__init__(Pieces(None), None)
+        super().__init__(Pieces(chat), None)
 
     def answer(self) -> Answer:
         return Answer(self._pieces.text, self._tokens, self._pieces.ended)
@@ -103,7 +104,7 @@ class LlamaVoice:
         if any(pictures_in(messages)):
             self._open_eyes(tools)
             sent = [_sent(turn) for turn in messages]
-            return LlamaTalk(self.engine, sent, config.max_new_tokens, self._settings(config))
+            return LlamaTalk(self.engine, self.chat, sent, config.max_new_tokens, self._settings(config))
         ids = prompt_ids(self.chat, messages, tools)
         limit = room_in(self.context, len(ids), config.max_new_tokens,
                         "the room that llama.cpp has here (--use adapter has all of the model's)")
