@@ -80,14 +80,14 @@ class Shown:
 
     @cached_property
     def share(self) -> list[str]:
-        """Those of them that this process is to look at."""
+        """Those of them that this process is to look at; all processes ask for theirs together."""
         here = processes.place()
-        # Of all: which of them others have looked at by now is another list in each process.
-        return self.seen.lacks(self.names[here.rank::here.count])
+        # Of the main one's list: another process may find some that were looked at since.
+        return processes.gathered(self.unseen)[0][here.rank::here.count]
 
     @property
     def sight(self) -> Sight:
-        """What this process loads the model with."""
+        """What this process loads the model with, see :attr:`share`."""
         return "towers" if self.share else "features"
 
 

@@ -158,6 +158,7 @@ def test_rows_of_a_batch_are_as_alone(of, family):
         loss, found = learned(tuned, rows.batch(records))
     assert loss == pytest.approx(sum(one for one, _ in alone), rel=1e-5)
     same(found, {name: sum(grads[name] for _, grads in alone) for name in found}, 1e-4)
+    assert getattr(tuned.get_base_model().model, "rope_deltas", None) is None, "what is answered next begins at its own place"
 
 
 @pytest.mark.parametrize("family", ALL)
