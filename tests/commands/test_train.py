@@ -73,8 +73,8 @@ def test_the_adapter_is_that_of_rows_encoded_by_hand(cli, prepared, monkeypatch)
 
     assert cli("train", *QUICK).code == 0
     expected = adapter_bytes(prepared)
-    sides = [Dataset.from_dict(dict(zip(("input_ids", "labels"), zip(*by_hand(prepared, side)))))
-             for side in ("train", "valid")]
+    hands = [by_hand(prepared, side) for side in ("train", "valid")]
+    sides = [Dataset.from_dict(dict(zip(("input_ids", "labels"), zip(*rows))) | {"pictures": [b""] * len(rows)}) for rows in hands]
     asked = []
     with monkeypatch.context() as patch:
         patch.setattr(train, "prepared_sequences", lambda session: asked.append(session) or sides)
