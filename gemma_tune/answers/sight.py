@@ -31,7 +31,7 @@ def see(model: PreTrainedModel, eye: Eye, name: str) -> Features:
     """The features of one picture.
 
     Args:
-        model: with its towers, see ``models.load.load_model``, or these alone (``models.towers.load_towers``).
+        model: its towers, see ``models.load.load_towers``, or one with its towers.
         name: of a file in the eye's folder.
 
     Returns:

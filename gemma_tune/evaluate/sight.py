@@ -1,4 +1,4 @@
-"""The base model with what it sees in the pictures of the rows: its towers look once, and go."""
+"""The base model, and what it sees in the pictures of the rows: its towers look once, before it is loaded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 from gemma_tune.answers.sight import Seen, beside
 from gemma_tune.encoding.eye import Eye
 from gemma_tune.measure.likelihood import Beside
-from gemma_tune.models.load import load_model
+from gemma_tune.models.load import load_model, load_towers
 from gemma_tune.models.placement import choose_placement
-from gemma_tune.models.towers import blinded
 from gemma_tune.run.session import Session
 
 LOOKING = "looking at pictures"
@@ -33,8 +32,7 @@ def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> t
         return load_model(checkpoint, placement), None
     seen = Seen(session.run.seen, eye, session.model.fingerprint, f"{placement.dtype}".removeprefix("torch."))
     show = partial(beside, seen, eye)
-    if not (lacking := seen.lacks(names)):
-        return load_model(checkpoint, placement, sight="features"), show
-    model = load_model(checkpoint, placement, sight="towers").eval()
-    seen.look(model, lacking, lambda done: session.listener.progress(LOOKING, done, len(lacking)))
-    return blinded(model), show
+    if lacking := seen.lacks(names):
+        seen.look(load_towers(checkpoint, placement), lacking,
+                  lambda done: session.listener.progress(LOOKING, done, len(lacking)))
+    return load_model(checkpoint, placement, sight="features"), show

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 20  # problems
 Sight = Literal["none", "features", "towers"]
-# Modules that a picture goes through before the text model, which stay in 16 bits.
-_SEEING = ["vision_tower", "visual", "multi_modal_projector", "embed_vision"]
 
 
 def needs_eager_attention(model_type: str) -> bool:
@@ -94,7 +92,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     quiet_libraries()
     with keeping_garbage():
         from transformers import AutoConfig
-    extra = _where_and_how(config, placement, four_bit, shards, sight)
+    extra = _where_and_how(config, placement, four_bit, shards)
     attention = attention_of(config.get("model_type", ""), towers=isinstance(config.get("text_config"), dict))
     try:
         whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
@@ -126,18 +124,19 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
 
 @loading("what the model sees with")
 def load_towers(checkpoint: Path, placement: Placement) -> PreTrainedModel:
-    """What a checkpoint looks at pictures with, alone, for ``answers.sight.see``: beside a model that is loaded to take
-    what it sees.
+    """What a checkpoint looks at pictures with, for ``answers.sight.see``: alone, but for one that is in 4 bits.
 
     Raises:
         UserError: missing tensors, unreadable files.
     """
     require_readable(checkpoint)
+    config = read_config(checkpoint)
+    if in_four_bits(config):  # which of its layers are, it says by their names in the whole model
+        return load_model(checkpoint, placement, sight="towers").eval()
     quiet_libraries()
     with keeping_garbage():
         from transformers import AutoConfig, AutoModel
-    config = read_config(checkpoint)
-    extra = _where_and_how(config, placement, False, 1, "towers")
+    extra = _where_and_how(config, placement, four_bit=False, shards=1)
     try:
         whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         with without_text(whole):
@@ -146,7 +145,6 @@ def load_towers(checkpoint: Path, placement: Placement) -> PreTrainedModel:
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
                 **extra)
         model = model.to(placement.device).eval()
-        _settle(model, config, placement)
     except Exception as e:  # noqa: BLE001 - as of load_model
         if is_out_of_memory(e):
             raise no_memory(e, "close other programs, or take a smaller model") from e
@@ -156,8 +154,7 @@ def load_towers(checkpoint: Path, placement: Placement) -> PreTrainedModel:
     return model
 
 
-def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bool, shards: int,
-                   sight: Sight) -> dict[str, Any]:
+def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bool, shards: int) -> dict[str, Any]:
     """What ``from_pretrained`` is told of the device, of four bits and of shards."""
     extra: dict[str, Any] = {}
     if has_packed_experts(config):
@@ -167,13 +164,12 @@ def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bo
     if four_bit:
         from transformers import BitsAndBytesConfig
 
-        # Gemma 3n writes into two of its weights.
-        whole = ["prediction_coefs", "correction_coefs"] if config.get("model_type", "").startswith("gemma3n") else []
-        whole += _SEEING if sight == "towers" else []
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=placement.dtype,
-            **({"llm_int8_skip_modules": ["lm_head", *whole]} if whole else {}))  # the head is never quantised
+            # Gemma 3n writes into two of its weights; the head is never quantised.
+            **({"llm_int8_skip_modules": ["lm_head", "prediction_coefs", "correction_coefs"]}
+               if config.get("model_type", "").startswith("gemma3n") else {}))
     if shards > 1:
         from transformers.distributed import DistributedConfig
 

@@ -8,10 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.machine import keeping_garbage
-from gemma_tune.lora.layers import TOWERS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 _EYE, _EAR = "vision_config", "audio_config"
 
@@ -56,16 +55,6 @@ def _without(config: PreTrainedConfig, names: Sequence[str]) -> Iterator[None]:
     finally:
         del AutoModel.from_config
         PreTrainedModel._from_config = by_itself
-
-
-def blinded(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with an empty module in the place of what it sees with, whose memory is free."""
-    from torch import nn
-
-    for name, _ in [*model.model.named_children()]:
-        if TOWERS.search(name):
-            setattr(model.model, name, nn.Module())
-    return model
 
 
 def auto_class(model_type: str, sees: bool = False) -> Any:

@@ -1,14 +1,14 @@
 """A training's pictures: each is looked at once, before the first step, and what was seen is kept in files of the run.
 
-What sees does not learn here, so that a picture is the same in each epoch, and what sees it need not be in memory
-while the text model learns.
+What sees does not learn here, so that a picture is the same in each epoch, and what sees it is in memory before the
+text model, and not beside it.
 """
 
 from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,8 @@ from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import Eye, blindness, size_of
 from gemma_tune.encoding.tokens import pictured, pictures_in
 from gemma_tune.lora.layers import TOWERS
-from gemma_tune.models.towers import auto_class, blinded, without_towers
+from gemma_tune.models.load import load_towers
+from gemma_tune.models.towers import auto_class, without_towers
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
@@ -30,9 +31,7 @@ from gemma_tune.train import processes
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import PreTrainedModel
 
-    from gemma_tune.models.load import Sight
     from gemma_tune.models.placement import Placement
     from gemma_tune.train.memory import BatchChoice
     from gemma_tune.train.shape import ModelShape
@@ -85,11 +84,6 @@ class Shown:
         # Of the main one's list: another process may find some that were looked at since.
         return processes.gathered(self.unseen)[0][here.rank::here.count]
 
-    @property
-    def sight(self) -> Sight:
-        """What this process loads the model with, see :attr:`share`."""
-        return "towers" if self.share else "features"
-
 
 def shown_in(session: Session, chat: ChatFormat, rows: tuple[Any, Any], placement: Placement) -> Shown | None:
     """The pictures of a training's and its validation's sequences; None where they have none.
@@ -120,7 +114,7 @@ def refuse_what_cannot_be_seen(shown: Shown | None, session: Session, shape: Mod
 
     Raises:
         UserError: a picture is gone or damaged, the model is to be divided among processes, or what sees does not fit
-            the memory beside it.
+            the memory.
         WorkFailed: the disk is too full.
     """
     if shown is None:
@@ -132,9 +126,8 @@ def refuse_what_cannot_be_seen(shown: Shown | None, session: Session, shape: Mod
         return
     _refuse_full_disk(shown, unseen, shape)
     towers = tower_bytes(session.model.path, shape.item)
-    if choice.memory.weights + towers > choice.available:
-        raise UserError(f"to look at pictures the model needs {gigabytes(choice.memory.weights + towers)} of memory "
-                        f"for its weights, {gigabytes(towers)} of them for what it sees with, and "
+    if towers > choice.available:
+        raise UserError(f"what the model sees pictures with needs {gigabytes(towers)} of memory, and "
                         f"{gigabytes(choice.available)} are available", "take a smaller model, or close other programs")
 
 
@@ -187,13 +180,14 @@ def described(shown: Shown, checkpoint: Path, item: int) -> str:
 
 # ---- looking ---------------------------------------------------------------------------------------------------------
 
-def look(shown: Shown, model: PreTrainedModel, listener: Listener) -> PreTrainedModel:
+def look(shown: Shown, checkpoint: Path, placement: Placement, refuse_bad_weights: Callable[[], Any],
+         listener: Listener) -> None:
     """Look at this process's share of the pictures, wait until all are done, and free what saw them.
 
     What was looked at is kept: after an interruption it goes on from there.
 
     Args:
-        model: loaded with :attr:`Shown.sight`.
+        refuse_bad_weights: finds out whether the weights are what they were, in the main process at least.
 
     Raises:
         UserError: a picture cannot be read, or the processes do not see each other's files.
@@ -201,20 +195,25 @@ def look(shown: Shown, model: PreTrainedModel, listener: Listener) -> PreTrained
     """
     import torch
 
-    processes.wait_for_all()  # the main one has found out by now whether the weights are whole
-    if names := shown.share:
-        for done, name in enumerate(names, start=1):
-            try:
-                shown.seen.look(model.eval(), [name], lambda _: None)
-            except OSError as e:
-                raise _unreadable(shown.run, shown.run.pictures / name, e) from e
-            listener.progress("looking at pictures", done, len(names))
-        blinded(model)
-        gc.collect()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
+    names = shown.share
+    if not processes.most(len(names)):
+        return
+    try:
+        towers = load_towers(checkpoint, placement) if names else None
+    finally:  # as of the whole model, and before anything is kept of what bad weights see
+        refuse_bad_weights()
+    processes.wait_for_all()  # the main one has found out
+    for done, name in enumerate(names, start=1):
+        try:
+            shown.seen.look(towers, [name], lambda _: None)
+        except OSError as e:
+            raise _unreadable(shown.run, shown.run.pictures / name, e) from e
+        listener.progress("looking at pictures", done, len(names))
+    del towers
+    gc.collect()
+    if placement.device == "cuda":
+        torch.cuda.empty_cache()
     processes.wait_for_all()
     if missing := shown.unseen:
         raise UserError(f"what another process saw in {missing[0]} is not in {shown.seen.folder}",
                         "let the run's directory lie where all machines of the training reach it")
-    return model

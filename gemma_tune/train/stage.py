@@ -230,15 +230,15 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
     train_rows, valid_rows = prepared_sequences(session)
     shown = shown_in(session, chat, (train_rows, valid_rows), job.placement)
+    if shown:
+        look(shown, session.model.path, job.placement, refuse_bad_weights, listener)
+        job.startup.done("pictures")
     try:
         model = load_model(session.model.path, job.placement, four_bit=config.qlora, shards=config.shards,
-                           sight=shown.sight if shown else "none")
+                           sight="features" if shown else "none")
     finally:  # weights that are not what they were explain whatever else is wrong
         refuse_bad_weights()
     job.startup.done("weights")
-    if shown:
-        look(shown, model, listener)
-        job.startup.done("pictures")
     rows = len(train_rows) // sequences_of_a_row(config)
     steps = total_steps(rows, config) - job.training.steps_before
     _tell_of_steps(session, rows)

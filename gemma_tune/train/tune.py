@@ -176,13 +176,13 @@ def _search(job: _Job, tuning: Tuning) -> None:
     load_libraries()
     session = replace(session, model=with_weights(session.model, session.listener))
     sound = checked_beside(session.model)
+    if job.shown:
+        look(job.shown, session.model.path, job.placement, sound.result, session.listener)
     try:
         model = load_model(session.model.path, job.placement, four_bit=session.config.qlora,
-                           sight=job.shown.sight if job.shown else "none")
+                           sight="features" if job.shown else "none")
     finally:
         sound.result()
-    if job.shown:
-        look(job.shown, model, session.listener)
     stop = StopTrial(session.listener)
     progress = _Progress(session.listener)
     with tempfile.TemporaryDirectory() as scratch:  # which the library makes a folder for checkpoints in

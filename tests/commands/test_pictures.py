@@ -85,20 +85,23 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_the_answer_comes_to_depend_on_the_picture(cli, coloured, looked, monkeypatch):
     """Of four colours nothing but the picture tells which; in validation it is another picture. Each is looked at once, and
-    what sees is gone before the first step."""
+    what sees is gone before the text model is loaded."""
     towers, step, gone = [], GemmaTrainer.training_step, []
-    load = stage.load_model
+    load, load_towers = stage.load_model, looking.load_towers
+
+    def towers_loaded(*args):
+        gone.append(weakref.ref(found := load_towers(*args)))
+        return found
 
     def loaded(*args, **how):
-        model = load(*args, **how)
-        gone.append(weakref.ref(model.model.vision_tower))
-        return model
+        assert gone[0]() is None, "what sees is gone before the model that learns is there"
+        return load(*args, **how)
 
+    monkeypatch.setattr(looking, "load_towers", towers_loaded)
     monkeypatch.setattr(stage, "load_model", loaded)
 
     def watched(self, *args, **how):
-        assert gone[0]() is None, "and its memory is free"
-        towers.append(sum(p.numel() for name, p in self.model.named_parameters() if "vision" in name or "projector" in name))
+        towers.append(sum(p.numel() for name, p in self.model.named_parameters() if "vision" in name))
         return step(self, *args, **how)
 
     monkeypatch.setattr(GemmaTrainer, "training_step", watched)
@@ -150,6 +153,16 @@ def test_in_every_way_it_is_learned(cli, coloured, flags):
     done = cli("train", *QUICK, "--epochs", 10, *flags, "--json")
     assert done.code == 0, done.err
     assert done.json["summary"]["eval_loss_after"] < 0.3
+
+
+def test_with_the_text_model_in_4_bits_it_sees_as_without(cli, coloured):
+    """What was seen is the same file: it is looked at in 16 bits."""
+    found = []
+    for flags in ((), ("--qlora", "--force")):
+        shutil.rmtree(RUN / "seen", ignore_errors=True)
+        assert cli("train", *SHORT, *flags).code == 0
+        found.append({path.name: load_file(path)[sight.SEEN] for path in (RUN / "seen").glob("*/*")})
+    assert len(found[0]) == PICTURES and equal(*found)
 
 
 def test_pieces_of_a_batch_teach_the_same(cli, coloured):
@@ -271,7 +284,7 @@ def test_a_disk_without_room_for_what_is_seen(cli, coloured, monkeypatch):
 def test_memory_that_does_not_hold_what_sees_is_told_before(cli, coloured, monkeypatch):
     monkeypatch.setattr(looking, "tower_bytes", lambda checkpoint, item: 1 << 50)
     done = cli("train", *SHORT)
-    assert done.code == 2 and "to look at pictures the model needs" in done.err and "1,1" in done.err
+    assert done.code == 2 and "what the model sees pictures with needs" in done.err and "1,1" in done.err
 
 
 def test_a_plan_says_how_many_there_are_to_look_at(cli, coloured):

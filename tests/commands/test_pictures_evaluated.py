@@ -86,17 +86,13 @@ def test_losses_are_those_of_the_model_that_looks_itself(cli, seer, family):
 def test_pictures_are_looked_at_once(cli, seer, monkeypatch):
     run, model = seer("gemma3")
     show_pictures(run, model, lambda n: 1)
-    loaded, load = [], sight.load_model
-
-    def loading(*args, **more):
-        loaded.append(more.get("sight"))
-        return load(*args, **more)
-
-    monkeypatch.setattr(sight, "load_model", loading)
+    loaded, load, load_towers = [], sight.load_model, sight.load_towers
+    monkeypatch.setattr(sight, "load_model", lambda *args, **more: loaded.append(more.get("sight")) or load(*args, **more))
+    monkeypatch.setattr(sight, "load_towers", lambda *args: loaded.append("towers") or load_towers(*args))
     first = cli("eval", "--json", *FP32)
     assert first.code == 0, first.err
     again = cli("eval", "--json", "--force", *FP32)
-    assert loaded == ["towers", "features"]
+    assert loaded == ["towers", "features", "features"]
     assert first.json["summary"] == again.json["summary"]
     assert first.json["summary"]["questions"] == 0 and first.json["summary"]["answers"] == []
     assert "6 rows with pictures are not asked" in first.err
