@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma_tune.answers.decoding import base_of
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import replacing
+from gemma_tune.base.words import first_line
 from gemma_tune.encoding.eye import PROCESSORS, Eye
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ class Seen:
         settings = [(eye.checkpoint / name).read_text(encoding="utf-8") for name in PROCESSORS
                     if (eye.checkpoint / name).exists()]
         key = hashlib.sha256(json.dumps([model, dtype, *settings]).encode()).hexdigest()[:16]
-        self.eye, self.folder = eye, folder / key
+        self.eye, self.root, self.folder = eye, folder, folder / key
 
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Those of which there are no features yet."""
@@ -140,13 +142,22 @@ class Seen:
             told(done)
 
     def __getitem__(self, name: str) -> Features:
+        """Features of a picture that was looked at.
+
+        Raises:
+            UserError: they are gone or damaged.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self._path(name))
+        try:
+            return load_file(self._path(name))
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"what was seen in pictures cannot be read from {self.folder}: {first_line(e)}",
+                            f"delete {self.root}, and repeat the command: they are looked at again") from e
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{Path(name).stem}.safetensors"
-
 
 
 class Sights(Protocol):
@@ -154,7 +165,6 @@ class Sights(Protocol):
 
     def __getitem__(self, name: str, /) -> Features:
         """Features of a picture."""
-
 
 
 def beside(seen: Sights | None, eye: Eye | None, ids: torch.Tensor, names: Sequence[Sequence[str]],

@@ -8,7 +8,8 @@ written here, by family; what they compute of a picture is computed by theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -229,9 +230,9 @@ def opened(path: Path) -> Image:
     Raises:
         OSError: it cannot be read, or is no picture.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    with Image.open(path) as picture:
+    with _read(path) as picture:
         return ImageOps.exif_transpose(picture).convert("RGB")
 
 
@@ -242,11 +243,22 @@ def size_of(path: Path) -> tuple[int, int]:
     Raises:
         OSError: as :func:`opened`.
     """
-    from PIL import Image
-
-    with Image.open(path) as picture:
+    with _read(path) as picture:
         turned = picture.getexif().get(0x0112, 1) >= 5  # Orientation
         return picture.size[::-1] if turned else picture.size
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[Image]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:  # noqa: BLE001 - Pillow's readers raise whatever broken data lead them to
+        raise OSError(f"{path} is damaged: {first_line(e)}") from e
 
 
 def _tokens_of(config: Mapping[str, Any], tokenizer: Any) -> tuple[int, _Tokens]:

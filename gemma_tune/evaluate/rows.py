@@ -138,13 +138,18 @@ def _of_file(session: Session, encoder: Encoder, limit: int) -> tuple[list[Prepa
     return [one.example for one in rows], there
 
 
+def unreadable(error: OSError) -> UserError:
+    """What is said of a picture that is gone or damaged."""
+    return UserError(f"a picture of the validation rows cannot be read: {error}", "prepare again, with --force")
+
+
 def _laid_out(examples: Sequence[PreparedRow], encoder: Encoder) -> list[tuple[PreparedRow, Outcome]]:
     """Conversations with their sequences; of pairs with the better answer, of judged answers the good ones."""
     found = [row for row in map(better_of, examples) if row is not None]
     try:
         outcomes = encoder.encode(found)
     except OSError as e:
-        raise UserError(f"a picture of the validation rows cannot be read: {e}", "prepare again, with --force") from e
+        raise unreadable(e) from e
     if failed := next((outcome for outcome in outcomes if isinstance(outcome, FormatError)), None):
         raise UserError(f"a validation row cannot be rendered: {failed}", "prepare and train again") from failed
     return list(zip(found, outcomes, strict=True))

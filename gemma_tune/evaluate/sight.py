@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_tune.answers.sight import Seen, beside
 from gemma_tune.encoding.eye import Eye
+from gemma_tune.evaluate.rows import unreadable
 from gemma_tune.measure.likelihood import Beside
 from gemma_tune.models.load import load_model, load_towers
 from gemma_tune.models.placement import choose_placement
@@ -33,6 +34,9 @@ def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> t
     seen = Seen(session.run.seen, eye, session.model.fingerprint, f"{placement.dtype}".removeprefix("torch."))
     show = partial(beside, seen, eye)
     if lacking := seen.lacks(names):
-        seen.look(load_towers(checkpoint, placement), lacking,
-                  lambda done: session.listener.progress(LOOKING, done, len(lacking)))
+        try:
+            seen.look(load_towers(checkpoint, placement), lacking,
+                      lambda done: session.listener.progress(LOOKING, done, len(lacking)))
+        except OSError as e:
+            raise unreadable(e) from e
     return load_model(checkpoint, placement, sight="features"), show

@@ -64,13 +64,7 @@ class Shown:
             UserError: what was seen is gone or damaged.
             ValueError: the pictures are not those of all soft tokens.
         """
-        from safetensors import SafetensorError
-
-        try:
-            return beside(self.seen, self.eye, ids, names, device)
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"what was seen in pictures cannot be read from {self.seen.folder}: {first_line(e)}",
-                            f"delete {self.run.seen}, and repeat the command: they are looked at again") from e
+        return beside(self.seen, self.eye, ids, names, device)
 
     @property
     def unseen(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,28 @@ def test_a_picture_that_is_gone(cli, seer):
     assert result.code == 2 and "a picture of the validation rows cannot be read" in result.err
     assert Path(row["messages"][0]["pictures"][0]["file"]).name[:20] in "".join(result.err.split())
     assert "prepare again" in result.err and "Traceback" not in result.err
+
+
+def test_what_was_seen_that_is_damaged(cli, seer):
+    run, model = seer("gemma3")
+    show_pictures(run, model, lambda n: 1)
+    assert cli("eval", *FP32).code == 0
+    for path in (run / "seen").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    result = cli("eval", "--force", *FP32)
+    assert result.code == 2 and "what was seen in pictures cannot be read from" in result.err, result.err
+    assert "seer/seen, and repeat the command: they are looked at again" in " ".join(result.err.split())
+    shutil.rmtree(run / "seen")
+    assert cli("eval", "--force", *FP32).code == 0
+
+
+def test_a_picture_whose_size_alone_can_be_read(cli, seer):
+    run, model = seer("gemma3")
+    show_pictures(run, model, lambda n: 1)
+    for path in (run / "data" / "pictures").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    result = cli("eval", *FP32)
+    assert result.code == 2 and "a picture of the validation rows cannot be read" in result.err, result.err
 
 
 def test_what_is_predicted_has_its_pictures_with_a_head_that_does_more(seer, monkeypatch, cli):
