@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 from gemma_tune.answers.prompts import Prompt, first_fitting
@@ -36,7 +35,5 @@ def held_out(session: Session, chat: ChatFormat, count: int, answer_tokens: int,
         most: tokens of a prompt, where long ones would take too long.
     """
     limit = prompt_limit(session, answer_tokens)
-    chat = copy.copy(chat)
-    chat.eye = None  # without which it refuses them
     rows = (session.run.valid_rows, session.run.train_rows)
     return first_fitting(rows, chat, limit if most is None else min(limit, most), count)

@@ -19,7 +19,6 @@ from gemma_tune.answers.prompts import Prompt, headline
 from gemma_tune.base.files import os_errors
 from gemma_tune.base.words import first_line, opening
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.eye import pictures_of
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
@@ -85,8 +84,7 @@ class Samples(TrainerCallback):
     def _ask(self, step: int, seconds: float) -> None:
         try:
             if self._prompts is None:
-                found = held_out(self.session, self.chat, self.count, MOST_TOKENS, LONGEST_PROMPT)
-                self._prompts = [prompt for prompt in found if not pictures_of(prompt.messages)]
+                self._prompts = held_out(self.session, self.chat, self.count, MOST_TOKENS, LONGEST_PROMPT)
             for number, prompt in enumerate(self._prompts):
                 self._add(step, number, prompt, seconds)
         except Exception as e:  # noqa: BLE001 - whatever it is, the training is worth more than what was to show it
