@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_tune.answers.prompts import LOOKED_AT, read_prompts
 from gemma_tune.answers.sight import inputs_beside, see
-from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
@@ -32,12 +32,14 @@ _END = -1  # stands for the token that ends an answer, which has several names
 
 
 def asked_about_a_row(session: Session, source: ExportSource, sight: Sight, ggufs: Collection[Path]) -> Sight:
-    """The file with what came of asking llama.cpp, which was quick with other pictures, a question of the run's rows.
+    """The file with what came of asking llama.cpp, which was quick with other pictures just now, a question of the
+    run's rows.
 
     Its answer is compared with the merged model's. Whatever is found is told and no more: llama.cpp prepares pictures
     in its own way.
     """
-    if source.chat.eye is None or not {"engine", "pictures_apart"} <= sight.figures.keys():
+    quick = session.config.verify is not False and not sight.unchecked and "pictures_apart" in sight.figures
+    if source.chat.eye is None or not quick:
         return sight
     source.chat.eye.folder = session.run.pictures
     if (question := _question(session, source.chat)) is None:
@@ -51,9 +53,9 @@ def asked_about_a_row(session: Session, source: ExportSource, sight: Sight, gguf
         with Engine(gguf, CONTEXT, projector=sight.lies_at) as engine:
             answer = engine.complete_seen([with_parts(turn) if PICTURES in turn else turn for turn in turns],
                                           pictures, ANSWER_TOKENS)
-    except WorkFailed as e:
+        own = _likeliest(load_model(source.merged, placement, sight="towers").eval(), source.chat, turns, answer)
+    except UserError as e:
         return replace(sight, unchecked=f"{UNCHECKED}answers to a row with some: {e.message}")
-    own = _likeliest(load_model(source.merged, placement, sight="towers").eval(), source.chat, turns, answer)
     given = [*answer.ids, *([_END] if answer.ended else [])]
     same = leading(given, own)
     session.listener.note(f"llama.cpp answers a row with pictures: {shortened(source.chat.decoded(list(answer.ids)))}; "

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import yaml
 
 from gemma_tune.answers.sight import SEEN
-from gemma_tune.encoding.eye import Eye
+from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.tokens import open_tokens
 from gemma_tune.export import calibration, looked_at
+from gemma_tune.export.sight import Sight
 from gemma_tune.gguf.engine import Engine, EngineRefused
 from support.command import MANIFEST_SCHEMA, copied_run
 from support.ollama import LoopbackOllama
@@ -104,9 +106,7 @@ def looked(cli, run, model):
 
 
 def test_an_answer_to_a_row_is_compared_with_the_merged_model_that_looks_itself(looked, monkeypatch):
-    written, see = Eye.written, looked_at.see
-    # llama.cpp writes no line ends around pictures of Gemma 3.
-    monkeypatch.setattr(Eye, "written", lambda self, size: written(self, size).strip("\n"))
+    see = looked_at.see
     summary, said = looked()
     figures = summary["projector"]
     assert figures["row_same"] == figures["row_tokens"] > 0
@@ -119,17 +119,33 @@ def test_an_answer_to_a_row_is_compared_with_the_merged_model_that_looks_itself(
 
 
 def test_why_a_row_was_not_asked_about(looked, monkeypatch):
-    def refuses(*_):
-        raise EngineRefused("llama.cpp refuses it: too large")
+    def raises(error: Exception):
+        def refuses(*_, **__):
+            raise error
+        return refuses
 
     with monkeypatch.context() as refusing:
-        refusing.setattr(Engine, "complete_seen", refuses)
+        refusing.setattr(Engine, "complete_seen", raises(EngineRefused("llama.cpp refuses it: too large")))
         summary, said = looked()
     reason = "pictures: answers to a row with some: llama.cpp refuses it: too large"
     assert reason in summary["unchecked"] and f"not checked: {reason}" in said
     assert "row_tokens" not in summary["projector"] and "pictures_apart" in summary["projector"]
+    with monkeypatch.context() as refusing:
+        refusing.setattr(looked_at, "load_model", raises(UserError("out of memory", "close other programs")))
+        assert "pictures: answers to a row with some: out of memory" in looked()[0]["unchecked"]
     monkeypatch.setattr(looked_at, "place", lambda parameters: (None, "it takes too much"))
     assert "pictures: answers to a row with some: it takes too much" in looked()[0]["unchecked"]
+
+
+@pytest.mark.parametrize(("verify", "unchecked", "asks"), [(None, "", True), (False, "", False), (None, "no memory", False)])
+def test_a_row_is_asked_about_where_pictures_were_shown_just_now(monkeypatch, verify, unchecked, asks):
+    """The figures can be those of an earlier export, whose file is the same."""
+    looks = []
+    monkeypatch.setattr(looked_at, "_question", lambda *_: looks.append("asked"))
+    found = Sight(Path("mmproj"), None, {"engine": "llama.cpp", "pictures_apart": 0.5}, unchecked)
+    session = SimpleNamespace(config=SimpleNamespace(verify=verify), run=SimpleNamespace(pictures=Path("pictures")))
+    source = SimpleNamespace(chat=SimpleNamespace(eye=SimpleNamespace()))
+    assert looked_at.asked_about_a_row(session, source, found, []) is found and bool(looks) == asks
 
 
 def test_a_damaged_picture_costs_no_file(looked, run):
