@@ -236,11 +236,13 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         """Factors on the sums of a captured piece, see :class:`gemma_tune.train.captured.Body`."""
         return (1 / max(1, count),)
 
-    def _pieces(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    def _pieces(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """What is seen in a piece's pictures is put where the model computes when the piece is asked for: of a whole
+        batch it may not fit there."""
         parts = list(self.split(batch, self.micro_batch))
         if self.sharded:  # in each pass the processes gather every layer from each other, so all make as many
             parts += [self.collate([])] * (processes.most(len(parts)) - len(parts))
-        return list(map(self.with_sight, parts))
+        return map(self.with_sight, parts)
 
     def with_sight(self, part: dict[str, Any]) -> dict[str, Any]:
         """A piece with what is seen in its pictures, as ``seen``; one without any is left as it is."""

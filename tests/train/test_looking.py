@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from gemma_tune.encoding.tokenizer import load_tokenizer
 from gemma_tune.lora.layers import TOWERS, target_modules
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
-from gemma_tune.train.batches import collate
+from gemma_tune.train.batches import collate, pieces
 from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.looking import tower_bytes
@@ -180,3 +181,15 @@ def test_only_pieces_of_text_are_planned_to_be_captured():
     assert found._of_text([[1, 0]], 1) == []
     Planned.shown = None
     assert found._of_text([[0, 1, 2], []], 0) == [[0, 1, 2], []]
+
+
+def test_what_is_seen_is_read_piece_by_piece():
+    read = []
+    shown = SimpleNamespace(inputs=lambda ids, names, device: read.append(names) or {})
+    trainer = SimpleNamespace(split=pieces, micro_batch=1, sharded=False, shown=shown,
+                              accelerator=SimpleNamespace(device=torch.device("cpu")))
+    trainer.with_sight = partial(GemmaTrainer.with_sight, trainer)
+    words = torch.tensor([1, 2])
+    batch = collate([{"input_ids": words, "labels": words, PICTURES: names} for names in (["a"], [], ["b"])])
+    for n, part in enumerate(GemmaTrainer._pieces(trainer, batch)):
+        assert read == [[["a"]], [["b"]]][:1 + n // 2] and ("seen" in part) == (n != 1)
