@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from gemma_tune.answers.decoding import base_of
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import replacing
+from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import first_line
 from gemma_tune.encoding.eye import PROCESSORS, Eye
 
@@ -116,7 +117,8 @@ class Seen:
     def __init__(self, folder: Path, eye: Eye, model: str, dtype: str):
         settings = [(eye.checkpoint / name).read_text(encoding="utf-8") for name in PROCESSORS
                     if (eye.checkpoint / name).exists()]
-        key = hashlib.sha256(json.dumps([model, dtype, *settings]).encode()).hexdigest()[:16]
+        version = library_versions()["transformers"]  # which can prepare pictures otherwise
+        key = hashlib.sha256(json.dumps([model, dtype, version, *settings]).encode()).hexdigest()[:16]
         self.eye, self.root, self.folder = eye, folder, folder / key
 
     def lacks(self, names: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gemma_tune.answers import sight
 from gemma_tune.answers.sight import SEEN, Seen, beside, inputs_beside, see
 from gemma_tune.encoding.eye import eye_of
 from gemma_tune.encoding.tokenizer import load_tokenizer
@@ -109,13 +110,16 @@ def test_features_that_do_not_fit_are_refused(seers, pictures):
         inputs_beside(eye, ids, [{SEEN: torch.zeros(4, 64)}])
 
 
-def test_other_settings_are_other_features(seers, pictures, tmp_path):
+def test_other_settings_are_other_features(seers, pictures, tmp_path, monkeypatch):
     import shutil
 
     folder = shutil.copytree(seers("gemma3"), tmp_path / "copy")
     eye = eye_of(folder, load_tokenizer(folder), pictures)
     first = Seen(tmp_path, eye, "a", "float32").folder
     assert first != Seen(tmp_path, eye, "b", "float32").folder != Seen(tmp_path, eye, "b", "bfloat16").folder
+    with monkeypatch.context() as newer:
+        newer.setattr(sight, "library_versions", lambda: {"transformers": "99.0"})
+        assert Seen(tmp_path, eye, "a", "float32").folder != first
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.25] * 3}))
     assert Seen(tmp_path, eye, "a", "float32").folder != first
