@@ -24,6 +24,7 @@ from gemma_tune.encoding.labels import labels_of
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32())), ("row", pa.int32()),
                     ("answer", pa.int8()), ("pictures", pa.large_binary())])
+PICTURES = "pictures"  # the column that tokens lack that were prepared before there were pictures
 # What decides how a row becomes tokens: a change in one of these files makes older tokens unusable.
 _SOURCES = ("encoding/*.py", "encoding/templates/*.jinja", "data/reading/*.py", "data/conversations/*.py",
             "base/strict_json.py", "prepare/*.py")
@@ -112,7 +113,7 @@ def open_tokens(path: Path) -> Any:
 def _with_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     pairs = [(np.asarray(ids, np.int64), spans) for ids, spans in zip(batch["input_ids"], batch["spans"])]
     return {"input_ids": [ids for ids, _ in pairs], "labels": [labels_of(ids, spans) for ids, spans in pairs],
-            "pictures": [names.decode().split() for names in batch["pictures"]]}
+            "pictures": [names.decode().split() for names in batch.get(PICTURES, [b""] * len(pairs))]}
 
 
 def lengths_of(dataset: Any) -> np.ndarray:
@@ -145,7 +146,7 @@ def answers_of(dataset: Any) -> np.ndarray:
 def pictures_in(dataset: Any) -> list[str]:
     """Names of all files of pictures, each once, in their order."""
     names: dict[str, None] = {}
-    for chunk in dataset.data.column("pictures").chunks:
+    for chunk in dataset.data.column(PICTURES).chunks if PICTURES in dataset.data.column_names else ():
         if len(chunk.buffers()[2] or b""):  # of texts alone nothing is walked through
             names |= dict.fromkeys(b" ".join(chunk.to_pylist()).decode().split())
     return list(names)
@@ -166,7 +167,9 @@ def pictured_rows(path: Path) -> int:
 def _pictured(table: Any) -> np.ndarray:
     import pyarrow.compute as pc
 
-    return pc.binary_length(table.column("pictures")).to_numpy() > 0
+    if PICTURES not in table.column_names:
+        return np.zeros(len(table), bool)
+    return pc.binary_length(table.column(PICTURES)).to_numpy() > 0
 
 
 def digests_of(dataset: Any) -> set[bytes]:
