@@ -69,7 +69,8 @@ class Chosen:
     @property
     def pictures(self) -> list[str]:
         """Names of the files of all pictures in what is predicted, each once."""
-        return [*dict.fromkeys(name for wanted in self.sequences for name in wanted.pictures)]
+        predicted = [*self.sequences, *(self.preferences.sequences if self.preferences else [])]
+        return [*dict.fromkeys(name for wanted in predicted for name in wanted.pictures)]
 
 
 def nothing_to_measure(session: Session) -> str | None:

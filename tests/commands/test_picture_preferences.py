@@ -101,3 +101,17 @@ def test_a_picture_inside_what_is_compared(cli, rows, tmp_path):
     record = {"prompt": [{"role": "user", "content": "Hello"}], "chosen": later, "rejected": [{"role": "assistant", "content": bad}]}
     result = cli("prepare", write_rows(tmp_path / "rows.jsonl", [record]), "--model", "seer")
     assert result.code == 2 and "a picture stands inside the answer that is compared" in " ".join(result.err.split())
+
+
+def test_eval_looks_at_what_stands_before_bad_answers_alone(cli, rows, tmp_path):
+    good, bad = judged(rows)[:30:2], judged(rows)[31::2]
+    result = cli("prepare", write_rows(tmp_path / "rows.jsonl", good), "--valid", write_rows(tmp_path / "valid.jsonl", bad),
+                 "--model", "seer")
+    assert result.code == 0, result.err
+    result = cli("train", *FLAGS[:-4], "--max-steps", 2, "--samples", 0, "--method", "kto")
+    assert result.code == 0, result.err
+    shutil.rmtree(RUN / "seen")
+    result = cli("eval", "--dtype", "fp32", "--json")
+    assert result.code == 0, result.err
+    [base, _] = [result.json["summary"]["measures"]["worse_log_probability"][side][0] for side in ("base", "tuned")]
+    np.testing.assert_allclose(base, np.mean(by_pixels("valid")), rtol=1e-4)
