@@ -6,7 +6,7 @@ import bisect
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from gemma_tune.base.errors import UserError
 
 Read = TypeVar("Read")
 LOOKED_AT = 100  # rows of each file that are looked at for prompts
+_OF_NAME = 8  # characters of a picture's name
 TEXT_TOKENS = 32  # of a plain text, as the beginning that a model continues
 
 
@@ -106,26 +107,31 @@ def prepared_rows(path: Path, read: Callable[[Mapping[str, Any]], Read]) -> Iter
             yield found
 
 
-def first_fitting(files: Iterable[Path], chat: Any, limit: int, count: int) -> list[Prompt]:
-    """The first prompts of prepared rows that ``limit`` tokens hold, shortened to that where they have to be; of texts
-    alone, as those who ask these show no pictures.
+def first_fitting(files: Iterable[Path], chat: Any, limit: int, count: int, most: int | None = None,
+                  seen: Collection[str] = ()) -> list[Prompt]:
+    """The first prompts of prepared rows that fit, shortened to that where they have to be.
 
     Args:
         files: of prepared rows, those first that training has not seen; one that is missing has none.
         chat: the :class:`gemma_tune.encoding.chat_format.ChatFormat`.
+        limit: tokens that a prompt may have.
         count: at most so many. Only ``LOOKED_AT`` rows of each file are looked at.
+        most: tokens of one without pictures, if fewer.
+        seen: names of the pictures that can be shown; prompts with others are left out.
     """
     from gemma_tune.encoding.chat_format import FormatError
 
+    shorter = limit if most is None else min(limit, most)
     found: list[Prompt] = []
     for path in files:
         for prompt in itertools.islice(read_prompts(path), LOOKED_AT) if path.exists() else ():
             if len(found) == count:
                 return found
-            if prompt.pictures:
+            pictures = prompt.pictures
+            if not all(name in seen for name in pictures):
                 continue
             with contextlib.suppress(FormatError):  # the data was prepared again, for another template
-                if fitted := prompt.fitted(chat, limit):
+                if fitted := prompt.fitted(chat, limit if pictures else shorter):
                     found.append(fitted)
     return found
 
@@ -138,9 +144,17 @@ def shown(turn: Mapping[str, Any]) -> str:
 
 
 def headline(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The first line of the last thing that the user said."""
-    said = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
-    return next((line.strip() for line in said.splitlines() if line.strip()), "")
+    """The first line of the last thing that the user said; where that is pictures alone, the name of the first."""
+    from gemma_tune.encoding.eye import pictures_of  # which loads numpy
+
+    asked = next((turn for turn in reversed(messages) if turn["role"] == "user"), {"content": ""})
+    lines = (line.strip() for line in [*asked["content"].splitlines(), *pictures_of([asked])])
+    return next(filter(None, lines), "")
+
+
+def named_shortly(pictures: Sequence[str]) -> str:
+    """Pictures for people, by as much of their files' names, each a sha256, as tells them apart."""
+    return ", ".join(f"{name[:_OF_NAME]}…{Path(name).suffix}" for name in pictures)
 
 
 def tool_names(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from gemma_tune.answers.prompts import headline
+from gemma_tune.answers.prompts import Prompt, headline, named_shortly
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
 from gemma_tune.cli import screen
@@ -219,7 +219,9 @@ def comparison(answers: Sequence[Mapping[str, Any]]) -> None:
         table.add_column("tuned", ratio=1, overflow="fold")
         table.add_row(*(Text(_shortened(item[which]) + ("" if item[f"{which}_ended"] else " …(cut off)"))
                         for which in ("base", "tuned")))
-        screen.err.print(Panel(table, title=escape(headline(item["prompt"])[:100]), title_align="left"))
+        pictures = named_shortly(Prompt(item["prompt"]).pictures)
+        title = headline(item["prompt"])[:100] + (f" ({pictures})" if pictures else "")
+        screen.err.print(Panel(table, title=escape(title), title_align="left"))
 
 
 def _shortened(text: str) -> str:

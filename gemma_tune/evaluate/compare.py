@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gemma_tune import samples
 from gemma_tune.answers.generation import Answer, greedy_continuations, prompt_ids
+from gemma_tune.answers.sight import Sights, beside
 from gemma_tune.base.listener import Listener
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.evaluate.rows import Chosen, Question
 from gemma_tune.evaluate.scores import per_answer
 from gemma_tune.measure.general import measuring_rows_of
 from gemma_tune.measure.intervals import compare
-from gemma_tune.measure.likelihood import Beside, Wanted, negative_log_likelihoods, wanted_of
+from gemma_tune.measure.likelihood import Wanted, negative_log_likelihoods, wanted_of
 
 SIDES = ("base", "tuned")
 BATCH = 16  # answers made together
@@ -32,12 +34,12 @@ def on_both(model: Any, work: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Listener,
-           beside: Beside | None = None) -> dict[str, Any]:
+           seen: Sights | None = None) -> dict[str, Any]:
     """Loss and perplexity on the rows' learned tokens and on general text, and of better and worse answers which are
     likelier: measures by name.
 
     Args:
-        beside: shows the model the rows' pictures.
+        seen: features of the rows' pictures by name, where they have any.
     """
     general = wanted_of(measuring_rows_of(chat))
     preferences = chosen.preferences
@@ -47,7 +49,8 @@ def losses(model: Any, chat: ChatFormat, chosen: Chosen, seed: int, listener: Li
     def one(side: str) -> np.ndarray:
         before = total // 2 if side == "tuned" else 0
         nats = negative_log_likelihoods(model, different,
-                                        lambda done: listener.progress(MEASURING, before + done, total), beside)
+                                        lambda done: listener.progress(MEASURING, before + done, total),
+                                        partial(beside, seen, chat.eye))
         return nats[places]
 
     listener.progress(MEASURING, 0, total)
@@ -90,12 +93,13 @@ def _loss_pair(prefix: str, base: np.ndarray, tuned: np.ndarray, sequences: Sequ
             f"{prefix}perplexity": compare(*parts, change=np.exp).as_json() | more}
 
 
-def answers(model: Any, chat: ChatFormat, questions: Sequence[Question], most: int,
-            listener: Listener) -> dict[str, list[Answer]]:
+def answers(model: Any, chat: ChatFormat, questions: Sequence[Question], most: int, listener: Listener,
+            seen: Sights | None = None) -> dict[str, list[Answer]]:
     """Greedy answers of both models, in the questions' order; prompts of similar length go together.
 
     Args:
         most: tokens of an answer.
+        seen: features of the questions' pictures by name, where they have any.
     """
     encoded = [prompt_ids(chat, q.prompt.messages, q.prompt.tools) for q in questions]
     order = sorted(range(len(encoded)), key=lambda n: len(encoded[n]))
@@ -106,7 +110,9 @@ def answers(model: Any, chat: ChatFormat, questions: Sequence[Question], most: i
         def one(side: str, batch: list[int] = batch) -> None:
             nonlocal done
             listener.progress(ANSWERING, done, 2 * len(questions))
-            for n, answer in zip(batch, greedy_continuations(model, chat, [encoded[n] for n in batch], most)):
+            made = greedy_continuations(model, chat, [encoded[n] for n in batch], most,
+                                        pictures=[questions[n].prompt.pictures for n in batch], seen=seen)
+            for n, answer in zip(batch, made, strict=True):
                 found[side][n] = answer
             done += len(batch)
 

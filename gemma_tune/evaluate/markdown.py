@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_tune import samples
 from gemma_tune.answers.prompts import headline, shown
 from gemma_tune.base.words import counted
+from gemma_tune.encoding.eye import pictures_of
 from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, rough_rows, task_rows
 from gemma_tune.run.session import Session
 
@@ -40,7 +41,7 @@ def report(session: Session, summary: dict[str, Any]) -> str:
         if item.get("tools"):
             lines += ["", f"*tools on offer*: {', '.join(f'`{name}`' for name in item['tools'])}"]
         for turn in item["prompt"]:
-            lines += ["", f"*{turn['role']}*", "", *_quoted(shown(turn))]
+            lines += ["", f"*{turn['role']}*", "", *_quoted(_with_pictures(session, turn))]
         for which in ("base", "tuned"):
             cut = "" if item[f"{which}_ended"] else " (cut off at the limit)"
             lines += ["", f"**{which}**{cut}", "", *_quoted(item[which])]
@@ -82,6 +83,13 @@ def _quoted(text: str) -> list[str]:
                 fence = ""
         lines.append(f"> {line if fence else _without_tags(line)}")
     return lines
+
+
+def _with_pictures(session: Session, turn: Mapping[str, Any]) -> str:
+    """A turn's text below its pictures, which lie in the run as the report does."""
+    folder = session.run.relative(session.run.pictures)
+    pictures = [f"![{name}]({folder}/{name})" for name in pictures_of([turn])]
+    return "\n\n".join([*pictures, *filter(None, [shown(turn)])])
 
 
 def _without_tags(line: str) -> str:

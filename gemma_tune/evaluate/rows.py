@@ -15,7 +15,6 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted
 from gemma_tune.data.usable import sampled
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
-from gemma_tune.encoding.eye import pictures_of
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.encoding.tokens import digest, digests_of, open_tokens
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of, wanted_of_sequence
@@ -68,9 +67,10 @@ class Chosen:
 
     @property
     def pictures(self) -> list[str]:
-        """Names of the files of all pictures in what is predicted, each once."""
+        """Names of the files of all pictures in what is predicted and asked, each once."""
         predicted = [*self.sequences, *(self.preferences.sequences if self.preferences else [])]
-        return [*dict.fromkeys(name for wanted in predicted for name in wanted.pictures)]
+        asked = [question.prompt for question in self.questions]
+        return [*dict.fromkeys(name for one in (*predicted, *asked) for name in one.pictures)]
 
 
 def nothing_to_measure(session: Session) -> str | None:
@@ -187,28 +187,16 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
         said = counted(texts, "row of plain text has no question to ask: its loss alone is",
                        "rows of plain text have no question to ask: their loss alone is")
         session.listener.note(f"{said} measured")
-    chats, unasked = _askable(session, chats)
     if len(chats) > count:
         chats = [chats[n] for n in np.linspace(0, len(chats) - 1, count).round().astype(int)]
     found = [Question(prompt_of(example), reference_of(chat, outcome)) for example, outcome in chats]
     if is_example(session.manifest) and not session.config.data_file:
         own = [Question(Prompt(q["messages"]), judged=True) for q in samples.heldout_questions()][:count]
         found = [*own, *(replace(question, judged=True) for question in found)]
-    elif chats and len(chats) < count and not (session.config.data_file or texts or unasked or limited):
+    elif chats and len(chats) < count and not (session.config.data_file or texts or limited):
         there = counted(len(chats), "held-out prompt")
         session.listener.note(f"the run has {there}{_more_aside(session, count, len(chats))}")
     return _short_enough(session, chat, found)
-
-
-def _askable(session: Session,
-             chats: list[tuple[PreparedRow, Outcome]]) -> tuple[list[tuple[PreparedRow, Outcome]], int]:
-    """Conversations whose questions both models are asked, and how many are not, as they have pictures."""
-    plain = [(example, outcome) for example, outcome in chats if not pictures_of(example["messages"])]
-    if unasked := len(chats) - len(plain):
-        said = counted(unasked, "row with pictures is not asked: its loss alone is",
-                       "rows with pictures are not asked: their loss alone is")
-        session.listener.note(f"{said} measured")
-    return plain, unasked
 
 
 def _tell_trained(session: Session, rows: Sequence[tuple[PreparedRow, Outcome]]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from gemma_tune.answers.sight import Seen, beside
+from gemma_tune.answers.sight import Seen
 from gemma_tune.encoding.eye import Eye
 from gemma_tune.evaluate.rows import unreadable
-from gemma_tune.measure.likelihood import Beside
 from gemma_tune.models.load import load_model, load_towers
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.run.session import Session
@@ -17,8 +15,8 @@ from gemma_tune.run.session import Session
 LOOKING = "looking at pictures"
 
 
-def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> tuple[Any, Beside | None]:
-    """The run's base model, and what shows it pictures; None where there are none.
+def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> tuple[Any, Seen | None]:
+    """The run's base model, and what it sees in pictures; None where there are none.
 
     Args:
         eye: what they are prepared with, where there are any.
@@ -32,11 +30,10 @@ def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> t
     if eye is None or not names:
         return load_model(checkpoint, placement), None
     seen = Seen(session.run.seen, eye, session.model.fingerprint, f"{placement.dtype}".removeprefix("torch."))
-    show = partial(beside, seen, eye)
     if lacking := seen.lacks(names):
         try:
             seen.look(load_towers(checkpoint, placement), lacking,
                       lambda done: session.listener.progress(LOOKING, done, len(lacking)))
         except OSError as e:
             raise unreadable(e) from e
-    return load_model(checkpoint, placement, sight="features"), show
+    return load_model(checkpoint, placement, sight="features"), seen

@@ -108,12 +108,12 @@ def _evaluate(session: Session) -> Finished:
     vocabulary = _other_vocabulary(session) if elsewhere else None
     chosen = choose(session, chat)
     tasks = Tasks(found_names(session), listener) if config.tasks else None
-    base, beside = base_that_sees(session, chat.eye, chosen.pictures)
+    base, seen = base_that_sees(session, chat.eye, chosen.pictures)
     model = add_adapter(base, session.inputs["adapter"], vocabulary)
-    measures = losses(model, chat, chosen, config.seed, listener, beside)
+    measures = losses(model, chat, chosen, config.seed, listener, seen)
     given: dict[str, list[Answer]] = {side: [] for side in SIDES}
     if chosen.questions:
-        given = answers(model, chat, chosen.questions, config.max_new_tokens, listener)
+        given = answers(model, chat, chosen.questions, config.max_new_tokens, listener, seen)
         measures |= measured_answers(given, chosen.questions, config.seed)
     summary = _counts(given, measures) | {"rows": chosen.rows, "rows_there": chosen.there, "measures": measures}
     if tasks:

@@ -118,7 +118,7 @@ def _answers(run: RunDir, summaries: Mapping[str, Any]) -> list[dict[str, Any]]:
     for item in found if isinstance(found, list) else ():
         with _whatever_is_there():
             kept.append({
-                "prompt": [{"role": str(turn["role"]), "text": _turn(turn)} for turn in item["prompt"]],
+                "prompt": [_turn(turn) for turn in item["prompt"]],
                 "tools": [str(name) for name in item.get("tools") or ()],
                 "reference": _cut(item["reference"]) if isinstance(item.get("reference"), str) else None,
                 **{side: {"text": _cut(item[side]), "ended": bool(item[f"{side}_ended"])}
@@ -126,10 +126,11 @@ def _answers(run: RunDir, summaries: Mapping[str, Any]) -> list[dict[str, Any]]:
     return kept
 
 
-def _turn(turn: Mapping[str, Any]) -> str:
-    from gemma_tune.answers.prompts import shown
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    from gemma_tune.answers.prompts import Prompt, named_shortly, shown
 
-    return _cut(shown(turn))
+    pictures = named_shortly(Prompt([dict(turn)]).pictures)
+    return {"role": str(turn["role"]), "text": _cut(shown(turn)), "pictures": pictures}
 
 
 def _cut(text: str) -> str:

@@ -141,6 +141,18 @@ def test_answers_that_are_not_shown_are_counted_in_both_languages(tmp_path, monk
     assert "2 more are in answers.json" in found.text and "另有 2 个回答在 answers.json 中" in found.text
 
 
+def test_pictures_of_questions_are_named(tmp_path):
+    run = finished_run(tmp_path / "run")
+    answers = json.loads(run.answers.read_text())
+    shown = {"role": "user", "content": "", "pictures": [{"at": 0, "file": f"pictures/{c * 64}.png"} for c in "ab"]}
+    answers[0]["prompt"], answers[1]["prompt"] = [shown], [shown | {"content": "What is it?"}]
+    answers[2]["prompt"] = []
+    run.answers.write_text(json.dumps(answers))
+    found = Page(write_report(run))
+    assert found.text.count("shown图片: aaaaaaaa….png, bbbbbbbb….png") == 2
+    assert "1. aaaaaaaa….png, bbbbbbbb….png" in found.text and "2. What is it?" in found.text and found.open == []
+
+
 def test_nothing_comes_from_elsewhere_and_no_path_of_this_machine_is_told(page):
     found = page()
     assert not re.search(r"https?://|//\w|@import|url\(", found.source.replace("http-equiv", ""))
