@@ -12,6 +12,7 @@ import torch
 
 from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.models.placement import wide
+from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.undoing import plain_forward
 
@@ -175,14 +176,15 @@ def _beginning(row: dict[str, Any]) -> tuple[list[int], int]:
 
 
 def _seen(trainer: GemmaTrainer, ids: Sequence[int], pictures: Sequence[str]) -> dict[str, Any]:
-    """What the model is given of the pictures among these ids.
+    """What the model is given because of the pictures among these ids.
 
     Raises:
         ValueError: their tokens are not all there.
     """
     if not pictures or trainer.shown is None:
         return {}
-    return trainer.shown.inputs(torch.tensor([ids]), [pictures], trainer.causal_lm.device)
+    inputs = trainer.shown.inputs(torch.tensor([ids]), [pictures], trainer.causal_lm.device)
+    return inputs | {AS_MASKED: True}
 
 
 def _logits(trainer: GemmaTrainer, ids: Sequence[int], last: int,

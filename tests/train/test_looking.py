@@ -6,7 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +15,14 @@ from answers.test_eyes import _OF_PICTURES, FAMILIES, pictures, seers  # noqa: F
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from gemma_tune.answers.sight import Seen
+from gemma_tune.answers.sight import Seen, beside
 from gemma_tune.encoding.eye import PICTURES, eye_of
 from gemma_tune.encoding.tokenizer import load_tokenizer
 from gemma_tune.lora.layers import TOWERS, target_modules
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.train.batches import collate, pieces
+from gemma_tune.train.effect import _logits, _seen
 from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.looking import tower_bytes
@@ -64,8 +65,6 @@ class Rows:
         made = collate(rows)
         if PICTURES not in made:
             return made
-        from gemma_tune.answers.sight import beside
-
         return made | {"seen": beside(self.seen, self.eye, made["input_ids"], made[PICTURES])}
 
     def tuned(self, **how):
@@ -160,6 +159,26 @@ def test_rows_of_a_batch_are_as_alone(of, family):
     assert loss == pytest.approx(sum(one for one, _ in alone), rel=1e-5)
     same(found, {name: sum(grads[name] for _, grads in alone) for name in found}, 1e-4)
     assert getattr(tuned.get_base_model().model, "rope_deltas", None) is None, "what is answered next begins at its own place"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3.5"])
+def test_what_a_compiled_training_did_is_told_by_what_the_model_sees(of, family):
+    """Compiled layers are set aside for it, and faster ones take their place."""
+    rows = of(family)
+    record, tuned = rows.row("0.png"), rows.tuned()
+    trainer = SimpleNamespace(model=tuned, causal_lm=tuned.get_base_model(), compiled=True, shown=SimpleNamespace(
+        inputs=lambda ids, names, device: beside(rows.seen, rows.eye, ids, names, device)))
+    trainer.evaluating = MethodType(GemmaTrainer.evaluating, trainer)
+    found = _logits(trainer, record["input_ids"].tolist(), 5, _seen(trainer, record["input_ids"].tolist(), ["0.png"]))
+    whole, ids = adapted(rows.whole).eval(), record["input_ids"][None]
+    marks = {rows.eye.marks: (ids == rows.eye.soft_id).long()}
+    shown = {key: value for key, value in rows.eye.inputs("0.png").items() if key in _OF_PICTURES}
+    with torch.no_grad():
+        with whole.disable_adapter():
+            expected = [whole(input_ids=ids, **marks, **shown).logits[0, -5:]]
+        expected.append(whole(input_ids=ids, **marks, **shown).logits[0, -5:])
+    for got, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, theirs, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ALL)
