@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from gemma_tune.answers.prompts import Prompt, first_fitting
@@ -25,15 +26,14 @@ def prompt_limit(session: Session, answer_tokens: int) -> int:
 
 
 def held_out(session: Session, chat: ChatFormat, count: int, answer_tokens: int, most: int | None = None,
-             ) -> list[Prompt]:
+             seen: Collection[str] = ()) -> list[Prompt]:
     """The first prompts of the run's rows that fit: those that training has not seen, then those that it has.
-
-    Those with pictures are left out: who compares with these prompts shows none.
 
     Args:
         count: at most so many.
-        most: tokens of a prompt, where long ones would take too long.
+        most: tokens of a prompt, where long ones would take too long; not of one with pictures, as a single picture can
+            have more.
+        seen: names of the pictures that who asks can show; prompts with others are left out.
     """
-    limit = prompt_limit(session, answer_tokens)
     rows = (session.run.valid_rows, session.run.train_rows)
-    return first_fitting(rows, chat, limit if most is None else min(limit, most), count)
+    return first_fitting(rows, chat, prompt_limit(session, answer_tokens), count, most, seen)

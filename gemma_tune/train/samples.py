@@ -15,13 +15,14 @@ import torch
 from transformers import TrainerCallback
 
 from gemma_tune.answers.generation import Answer, greedy_continuations
-from gemma_tune.answers.prompts import Prompt, headline
+from gemma_tune.answers.prompts import Prompt, headline, named_shortly
 from gemma_tune.base.files import os_errors
 from gemma_tune.base.words import first_line, opening
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.run.prompts import held_out
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
+from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.callbacks import MetricsLog, write_last
 from gemma_tune.train.undoing import plain_forward
 
@@ -38,8 +39,9 @@ _SHOWN = 160  # characters of an answer
 class Samples(TrainerCallback):
     """Asks the model in training, writes its answers to logs/samples.jsonl, and shows them.
 
-    A line has the ``step`` after which the model was asked (0: the base model), the number of the ``prompt`` from 0 and
-    how it ``begins``, the ``answer``, its ``tokens``, whether the model ended it itself (``ended``), and ``seconds``.
+    A line has the ``step`` after which the model was asked (0: the base model), the number of the ``prompt`` from 0,
+    how it ``begins`` and the names of its ``pictures`` where it has any, the ``answer``, its ``tokens``, whether the
+    model ended it itself (``ended``), and ``seconds``.
 
     Args:
         count: of prompts, those first that are not trained on; 0 asks nothing.
@@ -82,9 +84,12 @@ class Samples(TrainerCallback):
             self.seconds += time.perf_counter() - began
 
     def _ask(self, step: int, seconds: float) -> None:
+        assert self.trainer is not None
         try:
             if self._prompts is None:
-                self._prompts = held_out(self.session, self.chat, self.count, MOST_TOKENS, LONGEST_PROMPT)
+                shown = self.trainer.shown
+                self._prompts = held_out(self.session, self.chat, self.count, MOST_TOKENS, LONGEST_PROMPT,
+                                         set(shown.names) if shown else ())
             for number, prompt in enumerate(self._prompts):
                 self._add(step, number, prompt, seconds)
         except Exception as e:  # noqa: BLE001 - whatever it is, the training is worth more than what was to show it
@@ -118,25 +123,30 @@ class Samples(TrainerCallback):
 
     def _add(self, step: int, number: int, prompt: Prompt, seconds: float) -> None:
         began = time.perf_counter()
-        answer = self._answer(prompt.ids(self.chat), seconds, base=step == 0)
+        answer = self._answer(prompt, seconds, base=step == 0)
         begins = opening(prompt.text if prompt.text is not None else headline(prompt.messages))
-        record = {"step": step, "prompt": number, "begins": begins, "answer": answer.text, "tokens": answer.tokens,
-                  "ended": answer.ended, "seconds": round(time.perf_counter() - began, 3)}
+        pictures = {"pictures": list(prompt.pictures)} if prompt.pictures else {}
+        record = {"step": step, "prompt": number, "begins": begins, **pictures, "answer": answer.text,
+                  "tokens": answer.tokens, "ended": answer.ended, "seconds": round(time.perf_counter() - began, 3)}
         self.records.append(record)
         with os_errors(self.path):
             write_last(self.path, self.records, self._begun)
         self._begun = True
         when = f"after step {step}" if step else "before the first step"
-        self.session.listener.note(f"{when}, “{begins}”: {_shown(record)}")
+        self.session.listener.note(f"{when}, {_question(record)}: {_shown(record)}")
 
-    def _answer(self, ids: list[int], seconds: float, base: bool) -> Answer:
+    def _answer(self, prompt: Prompt, seconds: float, base: bool) -> Answer:
         """To one prompt alone, which so needs no padding: the attention of training does not know any on the left."""
         trainer = self.trainer
         assert trainer is not None
-        device = trainer.accelerator.device
+        device, pictures = trainer.accelerator.device, prompt.pictures
+        seen = trainer.shown.seen if pictures and trainer.shown else None
+        masked = {AS_MASKED: True} if pictures else {}
         with (torch.random.fork_rng([] if device.type == "cpu" else [device]), trainer.evaluating(),
-              trainer.model.disable_adapter() if base else contextlib.nullcontext(), plain_forward(trainer.causal_lm)):
-            [answer] = greedy_continuations(trainer.causal_lm, self.chat, [ids], MOST_TOKENS, seconds)
+              trainer.model.disable_adapter() if base else contextlib.nullcontext(),
+              plain_forward(trainer.causal_lm, **masked)):
+            [answer] = greedy_continuations(trainer.causal_lm, self.chat, [prompt.ids(self.chat)], MOST_TOKENS, seconds,
+                                            [pictures], seen)
         return answer
 
     def compare(self, kept: int, last: int) -> None:
@@ -154,10 +164,16 @@ class Samples(TrainerCallback):
                          for step in (0, kept))
         for number in sorted(before.keys() & after.keys()) if kept else ():  # step 0 has answers of the base model
             trained = "trained" if kept == last else f"after step {kept}"
-            self.session.listener.note(f"“{before[number]['begins']}” – base model: {_shown(before[number])} – "
+            self.session.listener.note(f"{_question(before[number])} – base model: {_shown(before[number])} – "
                                        f"{trained}: {_shown(after[number])}")
         if self._why_not and not after:
             self.session.listener.note(f"no sample answers: {self._why_not}")
+
+
+def _question(record: Mapping[str, Any]) -> str:
+    """How a prompt begins, and its pictures."""
+    pictures = named_shortly(record.get("pictures", ()))
+    return f"“{record['begins']}”" + (f" ({pictures})" if pictures else "")
 
 
 def _shown(record: Mapping[str, Any]) -> str:

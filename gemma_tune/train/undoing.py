@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -24,9 +23,13 @@ def set_until(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
 
 
 @contextlib.contextmanager
-def plain_forward(model: Any) -> Iterator[None]:
+def plain_forward(model: Any, **more: Any) -> Iterator[None]:
     """The forward pass of the model's own class while the context lasts, in place of what training put there: it gives
-    logits, and its signature tells ``generate`` what it takes."""
+    logits, and its signature tells ``generate`` what it takes.
+
+    Args:
+        more: what it is given besides, each time.
+    """
     with contextlib.ExitStack() as undo:
-        set_until(undo, model, "forward", MethodType(type(model).forward, model))
+        set_until(undo, model, "forward", partial(type(model).forward, model, **more))
         yield

@@ -15,15 +15,17 @@ from train.test_captured_units import same_figures
 from train.test_captured_whole import as_on_a_gpu  # noqa: F401 - a fixture
 
 from gemma_tune.answers import sight
-from gemma_tune.encoding.eye import size_of
+from gemma_tune.answers.generation import BROKEN
+from gemma_tune.encoding.eye import pictures_of, size_of
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
-from gemma_tune.train import looking, stage
+from gemma_tune.train import looking, samples, stage
 from gemma_tune.train.trainer import GemmaTrainer
 from support.command import MANIFEST_SCHEMA
 from support.graphs import Graph
 from support.models import make_seeing
+from support.seeing import Looking
 from support.shown import COLOURS, begun, kept, plain, prepare, row
 from support.towers import make_seer
 from support.training import stop_at
@@ -127,6 +129,47 @@ def test_the_answer_comes_to_depend_on_the_picture(cli, coloured, looked, monkey
     assert cli("status", "--json").json["seen_bytes"] == 0 and "seen/" not in cli("status").err
     assert cli("train", *SHORT, "--force").code == 0
     assert len(looked) == 2 * PICTURES, "what was seen can be deleted"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_questions_are_answered_while_it_is_learned(cli, coloured, monkeypatch, mixed):
+    """By what the model saw, as by one that looks itself; also where every row that is kept aside has a picture."""
+    monkeypatch.setattr(samples, "SHARE", 1000.0)
+    monkeypatch.setattr(samples, "MOST_TOKENS", 6)
+    valid = [json.loads(line) for line in (RUN / "data" / "valid.jsonl").read_text().splitlines()]
+    if mixed:
+        train = [json.loads(line) for line in (RUN / "data" / "train.jsonl").read_text().splitlines()]
+        valid = [valid[0], row("It is nine.", question="What is seven and two?"), *valid[1:3]]
+        prepare(Path("seer"), RUN, train, valid)
+    done = cli("train", *QUICK[:-2], "--epochs", 3, "--samples", 3, "--keep", "last", "--json")
+    assert done.code == 0, done.err
+    found = [json.loads(line) for line in (RUN / "logs" / "samples.jsonl").read_text().splitlines()]
+    last = done.json["summary"]["steps"]
+    assert {record["step"] for record in found} > {0, last} and "no sample answers" not in done.err
+    looking = Looking(Path("seer"), RUN)
+    for n, asked in enumerate(valid[:3]):
+        turns, names = asked["messages"][:-1], pictures_of(asked["messages"])
+        records = [record for record in found if record["prompt"] == n]
+        assert all(record["begins"] == turns[0]["content"] and record.get("pictures", []) == names for record in records)
+        assert [records[0]["answer"].rstrip(BROKEN), records[-1]["answer"].rstrip(BROKEN)] == looking.answers(turns, 6)
+        said = f"“{turns[0]['content']}”" + "".join(f" ({name[:8]}….png)" for name in names)
+        assert f"before the first step, {said}: " in done.err and f"after step {last}, {said}: " in done.err
+        assert f"{said} – base model: " in done.err
+    assert len({record["answer"] for record in found if record["step"] == last}) > 1, "the picture matters"
+
+
+def test_pictures_that_were_not_looked_at_are_not_asked_about(cli, coloured, monkeypatch):
+    """As of a row that is too long to be learned."""
+    monkeypatch.setattr(samples, "SHARE", 1000.0)
+    monkeypatch.setattr(samples, "MOST_TOKENS", 6)
+    train, valid = ([json.loads(line) for line in (RUN / "data" / f"{side}.jsonl").read_text().splitlines()]
+                    for side in ("train", "valid"))
+    valid.insert(0, row("And so on. " * 2000, kept(RUN, plain("red", 9))))
+    prepare(Path("seer"), RUN, train, valid)
+    done = cli("train", *QUICK[:-2], "--max-steps", 1, "--samples", 1)
+    assert done.code == 0 and "no sample answers" not in done.err, done.err
+    found = [json.loads(line) for line in (RUN / "logs" / "samples.jsonl").read_text().splitlines()]
+    assert {tuple(record["pictures"]) for record in found} == {tuple(pictures_of(valid[1]["messages"]))}
 
 
 def test_with_other_pictures_it_is_not_learned(cli, coloured):

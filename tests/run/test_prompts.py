@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from gemma_tune.answers.prompts import headline
 from gemma_tune.base.checkpoint import context_length
 from gemma_tune.encoding.tokens import TokenWriter
 from gemma_tune.run.directory import RunDir
@@ -72,8 +73,8 @@ def test_tokens_that_cannot_be_read_have_no_pictures_to_tell_of(tmp_path, damage
     assert rows_with_pictures(run, "train") == 0
 
 
-def test_prompts_with_pictures_are_left_out(tmp_path):
-    """Those who ask them show none, and the others are asked all the same."""
+def test_prompts_with_pictures_are_left_out_where_these_cannot_be_shown(tmp_path):
+    """The others are asked all the same; how long one with a picture may be is for the training to say."""
     run = session({"text_config": {"max_position_embeddings": 32768}}, tmp_path)
     run.run.data.mkdir()
     shown = {"messages": [{"role": "user", "content": "What?", "pictures": [{"at": 0, "file": "pictures/a.png"}]},
@@ -82,3 +83,21 @@ def test_prompts_with_pictures_are_left_out(tmp_path):
     write_rows(run.run.train_rows, [*rows(1), shown])
     found = held_out(run, Words(), 9, 256)
     assert len(found) == 3 and not any(prompt.pictures for prompt in found)
+    found = held_out(run, Words(), 9, 256, seen={"b.png"})
+    assert len(found) == 3 and not any(prompt.pictures for prompt in found)
+    found = held_out(run, Words(), 9, 256, most=2, seen={"a.png", "b.png"})
+    assert [prompt.pictures for prompt in found] == [("a.png",), ("a.png",)], "of three words each the others are"
+    assert len(held_out(run, Words(), 9, 256, seen={"a.png"})) == 5
+    with_text = {**shown, "messages": [{**shown["messages"][0], "content": "And so on. " * 2000}, shown["messages"][1]]}
+    write_rows(run.run.valid_rows, [with_text])
+    write_rows(run.run.train_rows, [])
+    assert not held_out(session({"max_position_embeddings": 1024}, tmp_path), Words(), 9, 256, seen={"a.png"})
+
+
+@pytest.mark.parametrize(("turns", "called"), [
+    ([{"role": "user", "content": "\n What?\nSo", "pictures": [{"at": 0, "file": "pictures/a.png"}]}], "What?"),
+    ([{"role": "user", "content": "What?"}, {"role": "assistant", "content": "So"},
+      {"role": "user", "content": "\n", "pictures": [{"at": 0, "file": "pictures/a.png"}, {"at": 1, "file": "pictures/b.png"}]}], "a.png"),
+    ([{"role": "system", "content": "Be kind."}], "")])
+def test_a_prompt_is_called_by_what_is_said_or_else_by_its_picture(turns, called):
+    assert headline(turns) == called

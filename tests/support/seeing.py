@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
+from gemma_tune.answers.generation import BROKEN
+from gemma_tune.answers.sight import _TAKEN
 from gemma_tune.base.files import fingerprint
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.eye import eye_of
+from gemma_tune.encoding.eye import eye_of, pictures_of
 from gemma_tune.encoding.sequences import Encoder
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.encoding.tokens import TokenWriter
+from gemma_tune.lora.load import add_adapter
 from support.command import QUICK, invoke, rows, write_rows
 from support.models import make_seeing
 from support.towers import make_seer
@@ -89,3 +95,34 @@ def show_pictures(run: Path, model: Path, which: Callable[[int], int]) -> dict[s
                 entry |= fingerprint(run / entry["path"])
     (run / "manifest.json").write_text(json.dumps(manifest))
     return found
+
+
+def generated(model: Any, chat: ChatFormat, prompt: list[dict[str, Any]], tokens: int) -> tuple[str, Any]:
+    """What transformers' own ``generate`` answers, greedily, where the model looks at the pictures itself; and the logits
+    (tokens, vocabulary)."""
+    ids, eye = torch.tensor([chat.prompt_ids(prompt)]), chat.eye
+    shown = [eye.inputs(name) for name in pictures_of(prompt)]
+    inputs = {key: torch.cat([one[key] for one in shown]) for key in _TAKEN if shown and key in shown[0]}
+    if shown:
+        inputs[eye.marks] = (ids == eye.soft_id).long()
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                             eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0], return_dict_in_generate=True,
+                             output_logits=True, **inputs)
+    written = itertools.takewhile(lambda token: token not in chat.stop_ids, out.sequences[0, ids.shape[1]:].tolist())
+    return chat.said(chat.decoded([*written])).rstrip(BROKEN), torch.cat(out.logits)
+
+
+class Looking:
+    """Base and tuned model of a run as transformers has them, which look at the pictures themselves."""
+
+    def __init__(self, model: Path, run: Path):
+        self.chat = format_that_sees(model, run)
+        base = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+        self.tuned = add_adapter(base, next(run.glob("*_lora_adapter")))
+
+    def answers(self, prompt: list[dict[str, Any]], tokens: int) -> list[str]:
+        """Of both."""
+        with self.tuned.disable_adapter():
+            base = generated(self.tuned, self.chat, prompt, tokens)[0]
+        return [base, generated(self.tuned, self.chat, prompt, tokens)[0]]

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+from train.test_looking import FP32, adapted
 
+from gemma_tune.answers import generation
+from gemma_tune.answers.prompts import Prompt
+from gemma_tune.answers.sight import Seen
+from gemma_tune.base.checkpoint import read_config
+from gemma_tune.encoding.tokenizer import load_format
+from gemma_tune.models.load import load_model
 from gemma_tune.train import samples
+from gemma_tune.train.kernels import fast_layers
+from gemma_tune.train.summed_loss import install_summed_loss
+from gemma_tune.train.trainer import GemmaTrainer
+from support import seers
 from support.command import copied_run, invoke, rows, write_rows
 from support.listener import Said
+from support.seeing import generated
 from support.training import stop_at
 
 FLAGS = ("--max-steps", 2, "--eval-steps", 1, "--save-steps", 3, "--rank", 8, "--dtype", "fp32", "--learning-rate", 3e-2, "--keep",
@@ -166,6 +180,35 @@ def test_the_base_model_is_not_compared_with_itself(asking):
     assert said.notes == ["“q” – base model: a – trained: a"] * 2
 
 
+# --- pictures
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3.5", "gemma4-small"])
+@pytest.mark.parametrize("base", [True, False], ids=["base", "trained"])
+def test_a_picture_is_seen_through_the_layers_of_the_training(family, base, tmp_path, monkeypatch):
+    """As by transformers' own pass over pixels: parts of a picture see each other, though layers are replaced."""
+    folder = seers.make(family, tmp_path / "seer")
+    chat = load_format(folder, read_config(folder)["model_type"])
+    chat.eye.folder = seers.write_pictures(tmp_path)
+    whole = load_model(folder, FP32, sight="towers").eval()
+    seen = Seen(tmp_path / "seen", chat.eye, "fingerprint", "float32")
+    seen.look(whole, ["0.png", "2.png"], lambda done: None)
+    tuned, whole = adapted(load_model(folder, FP32, sight="features")), adapted(whole).eval()
+    install_summed_loss(tuned.get_base_model())
+    asking = samples.Samples(SimpleNamespace(run=SimpleNamespace(samples=None)), chat, 1, None)
+    asking.trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), model=tuned, compiled=False,
+                                     causal_lm=tuned.get_base_model(), shown=SimpleNamespace(seen=seen))
+    asking.trainer.evaluating = MethodType(GemmaTrainer.evaluating, asking.trainer)
+    logits = []
+    monkeypatch.setattr(generation, "refuse_not_finite", lambda scores, model: logits.append(scores.clone()))
+    turns = [seers.asked("what is it", "0.png", "2.png")]
+    with fast_layers(tuned):
+        asking._answer(Prompt(turns), 1000.0, base)
+    with whole.disable_adapter() if base else nullcontext():
+        _, theirs = generated(whole, chat, turns, samples.MOST_TOKENS)
+    assert len(logits) > 1
+    torch.testing.assert_close(torch.cat(logits), theirs, rtol=1e-4, atol=1e-3)
+
+
 # --- how the time is divided
 
 class Steps:
@@ -182,8 +225,6 @@ class Steps:
 
 @pytest.fixture
 def asking(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
     from gemma_tune.base.listener import Listener
 
     def make(busy: float = 0.0):
