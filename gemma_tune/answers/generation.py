@@ -6,11 +6,12 @@ import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gemma_tune.answers import decoding
 from gemma_tune.answers.sampling import sampling_arguments
-from gemma_tune.answers.sight import Sights, beside
+from gemma_tune.answers.sight import Sights, beside, told_apart
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import refuse_not_finite
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError, Messages, Tools
@@ -99,13 +100,15 @@ def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], ma
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
     limit = room_for_answer(model, width, max_new_tokens)
+    eye = chat.eye if any(pictures) else None
+    look = partial(beside, seen, eye, ids, pictures, None)
     with torch.inference_mode():
-        shown = beside(seen, chat.eye, ids, pictures) if any(pictures) else {}
+        shown = look()
         if seconds is None and decoding.pays(model) and decoding.reads(shown):
             with contextlib.suppress(decoding.GaveUp):
+                known = told_apart(eye, encoded[0], pictures[0]) if shown and len(encoded) == 1 else None
                 groups = list(decoding.decoded(model, ids, mask, stop_ids=chat.stop_ids, pad=pad, limit=limit,
-                                               arguments=arguments, every=READ_EVERY,
-                                               beside=lambda read: shown))
+                                               arguments=arguments, every=READ_EVERY, beside=look, known=known))
                 return [_cut(chat, list(itertools.chain.from_iterable(row))) for row in zip(*groups)]
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
                              max_new_tokens=limit, max_time=seconds, logits_processor=finite_logits(model),

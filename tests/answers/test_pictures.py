@@ -198,6 +198,21 @@ def test_such_a_cache_keeps_pictures_from_turn_to_turn(case, family, monkeypatch
     assert read[-1][1] < prompt_ids(case.chat, other).index(case.chat.eye.soft_id) + 1, "another picture is read"
 
 
+def test_a_batch_of_one_reads_its_own_picture(case, monkeypatch):
+    """Though the ids are those that were read with another one before."""
+    case, turns = case("gemma3"), [[asked("what is it here", name)] for name in ("0.png", "2.png", "2.png")]
+    monkeypatch.setattr(decoding, "pays", lambda model: True)
+    logits = []
+    usable = decoding.Decoder._usable
+    monkeypatch.setattr(decoding.Decoder, "_usable", lambda self, scores: logits.append(scores.clone()) or usable(self, scores))
+    for one in turns:
+        logits.clear()
+        greedy_continuations(case.model, case.chat, [prompt_ids(case.chat, one)], TOKENS, pictures=[Prompt(one).pictures], seen=case.seen)
+        expected = case.generated(one)[1]
+        torch.testing.assert_close(torch.cat(logits[:len(expected)]), expected, rtol=1e-4, atol=1e-4)
+    assert case.model not in decoding._given_up and differ(case, *turns[:2])
+
+
 def test_where_tokens_are_reckoned_from_pictures_generate_answers(case, monkeypatch):
     monkeypatch.setattr(decoding, "pays", lambda model: True)
     asked_here = []
