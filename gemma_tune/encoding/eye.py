@@ -98,6 +98,10 @@ _FAMILIES = {
 }
 
 
+class NoColours(OSError):
+    """A picture of numbers without a scale."""
+
+
 class Eye:
     """What a model sees pictures with, as far as texts and tokens are concerned.
 
@@ -230,10 +234,25 @@ def opened(path: Path) -> Image:
     Raises:
         OSError: it cannot be read, or is no picture.
     """
-    from PIL import ImageOps
-
     with _read(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        return in_colours(picture)
+
+
+def in_colours(picture: Image) -> Image:
+    """A picture as it was opened, upright, in red, green and blue.
+
+    Raises:
+        NoColours: it has numbers in place of colours, as maps of heights have.
+        Exception: whatever Pillow raises of a broken one.
+    """
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode in ("I", "F"):
+        raise NoColours("it has numbers in place of colours, and nothing says which is white")
+    if upright.mode.startswith("I;16"):  # of which Pillow takes all above 255 for white
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 @lru_cache(_SIZES)
@@ -244,7 +263,8 @@ def size_of(path: Path) -> tuple[int, int]:
         OSError: as :func:`opened`.
     """
     with _read(path) as picture:
-        turned = picture.getexif().get(0x0112, 1) >= 5  # Orientation
+        # Of a TIFF, Pillow gives the size of the upright picture.
+        turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in (5, 6, 7, 8)  # Orientation
         return picture.size[::-1] if turned else picture.size
 
 
@@ -253,7 +273,7 @@ def _read(path: Path) -> Iterator[Image]:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with open(path, "rb") as file, Image.open(file) as picture:  # by its path, Pillow misreads a TIFF that is turned
             yield picture
     except (OSError, MemoryError):
         raise

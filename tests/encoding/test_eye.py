@@ -137,12 +137,36 @@ def test_as_the_processors_write_them():
         "<s><s><s><r><s><s><s><e>")
 
 
-def test_a_picture_is_upright_and_has_three_colours(tmp_path):
-    path = tmp_path / "turned.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("L", (30, 10)).save(path, exif=exif)
-    assert size_of(path) == (10, 30) == opened(path).size and opened(path).mode == "RGB"
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turned", [None, 0, 1, 3, 5, 6, 7, 8, 9, 255])
+def test_a_picture_is_upright_and_has_three_colours(tmp_path, format, turned):
+    path, exif = tmp_path / "turned", Image.Exif()
+    if turned is not None:
+        exif[0x0112] = turned
+    lying = np.zeros((10, 30), np.uint8)
+    lying[:, :15] = 255
+    Image.fromarray(lying).save(path, format, exif=exif)
+    upright = (10, 30) if turned in (5, 6, 7, 8) else (30, 10)
+    assert size_of(path) == upright == opened(path).size and opened(path).mode == "RGB"
+    white = np.asarray(opened(path)).mean(2) > 128
+    first = white[:14] if turned in (5, 6, 7, 8) else white[:, :14]
+    assert first.all() == first.any() == (turned not in (3, 7, 8))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_fine_shades_of_grey_stay_apart(tmp_path, format):
+    """As llama.cpp and Ollama read them: of 16 bits the upper 8."""
+    fine = (np.arange(256, dtype=np.uint16) << 8 | 0x80).reshape(16, 16)
+    Image.fromarray(fine).save(tmp_path / "grey", format)
+    shown = np.asarray(opened(tmp_path / "grey"))
+    assert (shown == np.arange(256, dtype=np.uint8).reshape(16, 16, 1)).all() and shown.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_are_no_colours(tmp_path, kind):
+    Image.fromarray(np.zeros((8, 8), kind)).save(tmp_path / "heights", "TIFF")
+    with pytest.raises(OSError, match="nothing says which is white"):
+        opened(tmp_path / "heights")
 
 
 def test_texts_and_places():

@@ -13,13 +13,14 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from gemma_tune.base.content import HEAD, described
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import first_line
 from gemma_tune.data.conversations.problems import Problem
 from gemma_tune.data.reading.rows import HUB, Source
+from gemma_tune.encoding.eye import NoColours, in_colours
 
 # What Pillow finds a file to be, and the end of its name. MPO is what many telephones write: a JPEG with others behind.
 ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
@@ -182,7 +183,7 @@ def examined(content: bytes) -> tuple[str, bool]:
                 ending, several = ENDINGS[image.format], getattr(image, "is_animated", False)
                 # Of a JPEG all is read, and an eighth of the pixels made of it: six times as fast.
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-                ImageOps.exif_transpose(image).convert("RGB")
+                in_colours(image)
                 return ending, several and image.format != "MPO"
     except MemoryError:
         raise
@@ -190,6 +191,9 @@ def examined(content: bytes) -> tuple[str, bool]:
         if content.startswith(_BEGINNINGS):
             raise Unusable("is damaged, cut off, or without any pixel", _AGAIN) from None
         raise Unusable(f"is {_kind(content)}, and no PNG, JPEG, WebP, GIF, BMP or TIFF", _CONVERT) from None
+    except NoColours as e:
+        raise Unusable(f"is none that can be shown: {e}", "save it as PNG or JPEG with the colours that it is to have, "
+                                                          "or leave the row out") from None
     except Image.DecompressionBombError:
         raise Unusable(f"is too large to be decoded: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels",
                        "make it smaller, or leave the row out") from None
