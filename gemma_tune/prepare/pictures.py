@@ -32,7 +32,7 @@ from gemma_tune.encoding.eye import Eye, size_of
 
 Turn = dict[str, Any]
 _REMEMBERED = 100_000  # files of which a process knows what they are
-_MARK = b'"pictures": ['  # in each line of a row that has some; in a text, quotes are written otherwise
+_MARK = b'"pictures": ['  # in each line of a row that has some, and perhaps in a call of a tool
 _SHOWN = 200  # characters of a path
 _ABOVE = 3  # folders above the data in which pictures are looked for, to be named
 
@@ -202,6 +202,8 @@ class UsedPictures:
             return
         names = {ref["file"].rpartition("/")[2] for turn in json.loads(line)["messages"]
                  for ref in turn.get("pictures", ())}
+        if not names:
+            return
         self._names.setdefault(side, set()).update(names)
         self._rows += 1
         self._tokens += sum(int((ids == self._soft).sum()) for ids, *_ in sequences)

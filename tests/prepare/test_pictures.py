@@ -129,6 +129,8 @@ def test_the_figures_are_those_of_rows_that_are_used():
     used.add("train", line(0, 1), ids)
     used.add("valid", line(1), ids[1:])
     used.add("train", (json.dumps({"messages": [{"role": "user", "content": 'Is "pictures": [ a word and 7?'}]}) + "\n").encode(), ids)
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"pictures": [7]}}}]}
+    used.add("train", (json.dumps({"messages": [calling]}) + "\n").encode(), ids)
     assert used.settled() == {"picture_rows": 2, "pictures": 2, "picture_tokens": 5, "pictures_on_both_sides": 1,
                               "picture_bytes": sum(len(as_bytes(drawn(n))) for n in (0, 1))}
     assert {path.name for path in Path("kept").iterdir()} == {names[0], names[1]}
