@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,27 +14,11 @@ from gemma_tune.data.reading.hub_rows import PREFIX
 from gemma_tune.data.reading.names import TEXT_FORMAT, How, how_of
 from gemma_tune.data.reading.sources import STDIN, Row, Source, built_in, find_sources
 from gemma_tune.data.usable import Usable, rows_of, sampled, usable
-from gemma_tune.encoding.eye import PICTURES
-from gemma_tune.encoding.labels import FormatError
-from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
+from gemma_tune.encoding.sequences import Encoder
 from gemma_tune.run.prepared import prepared_as
 from gemma_tune.run.session import Session
 
 _SHOWN = 20  # faults that a failure names
-
-
-class OfText(Encoder):
-    """Refuses rows with pictures: only `prepare` looks for these, where their rows are."""
-
-    def encode(self, examples: Sequence[PreparedRow]) -> list[Outcome | FormatError]:
-        encoded = iter(super().encode([row for row in examples if not has_pictures(row)]))
-        return [FormatError("it has pictures, which only `prepare` reads") if has_pictures(row) else next(encoded)
-                for row in examples]
-
-
-def has_pictures(row: PreparedRow) -> bool:
-    """Whether a conversation has any."""
-    return any(turn.get(PICTURES) for turn in row.get("messages", ()))
 
 
 @dataclass(frozen=True)
@@ -127,7 +111,6 @@ class RowFile:
                     yield row
 
         rows = sampled(read(), most, seed)
-        encoder = OfText(encoder.chat, encoder.max_length, encoder.on_long, encoder.train_on)
         good, faults = usable(rows, encoder, config)
         name = self.found(session, named)
         if not good or len(faults) / len(rows) > config.max_rejected:
