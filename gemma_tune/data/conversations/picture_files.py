@@ -118,7 +118,9 @@ def located(path: str, place: Place, tried: Tried) -> tuple[Path, os.stat_result
             raise Unusable("is no part of the data: rows of the Hub name no files of this machine",
                            "name the folder that the pictures lie in, where you have them: --pictures DIR; or leave "
                            "the row out")
-        if os.path.isabs(path) or os.path.normpath(path).startswith(os.pardir):
+        # On Windows one with a drive alone (C:a.png) is not absolute, and leads out of any folder.
+        if os.path.isabs(path) or not all(Path(os.path.abspath(folder / path)).is_relative_to(os.path.abspath(folder))
+                                          for folder in place.folders):
             raise Unusable(f"is not below {place}, and rows of the Hub name nothing else of this machine",
                            "write a path that begins in that folder, or leave the row out")
     for folder in place.folders:

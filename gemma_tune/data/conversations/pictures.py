@@ -1,5 +1,5 @@
 """What a row says of a picture, as one of two references: ``{"path": "img/a.png"}``, as the row has it (relative to the
-data file, or absolute), or ``{"base64": "…"}``, the bytes of the file.
+data file, or absolute; with slashes for the backslashes of Windows), or ``{"base64": "…"}``, the bytes of the file.
 
 A user's turn has ``pictures``, in order: a reference each, with ``at``, the character of ``content`` before which the
 picture stands, from 0 to its length.
@@ -139,7 +139,7 @@ def _of_text(where: str, text: str) -> Picture | Problem:
         return Problem(_CODE, f"{where} is a text that is no path: {quoted(text)}", _SHAPE)
     if text.lower().endswith(_NO_PICTURES):
         return _no_picture(where, quoted(text))
-    return {"path": text}
+    return {"path": text.replace("\\", "/")}
 
 
 def _path(address: str) -> str:

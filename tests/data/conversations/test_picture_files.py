@@ -166,7 +166,10 @@ def test_rows_of_the_hub_name_what_lies_in_the_named_folder_alone(tmp_path):
     content = save("data/img/a.png")
     save("b.png")
     assert leads_to("img/../img/a.png", HUBS) == content
-    for path in ("../b.png", "img/../../b.png", f"{tmp_path}/b.png", f"{tmp_path}/data/img/a.png"):
+    assert leads_to("data/img/a.png", Place((Path(),), own=False)) == content
+    save("data/..c.png", content)
+    assert leads_to("..c.png", HUBS) == content
+    for path in ("../b.png", "img/../../b.png", "../data2/b.png", f"{tmp_path}/b.png", f"{tmp_path}/data/img/a.png"):
         assert "nothing else of this machine" in nowhere(path, HUBS).reason
     none = nowhere("img/a.png", Place((), own=False))
     assert "name no files of this machine" in none.reason and "--pictures DIR" in none.fix

@@ -73,6 +73,7 @@ def asked(*parts):
     ({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}", "detail": "low"}}, {"base64": PNG}),
     ({"type": "image_url", "image_url": f"data:image/jpeg;charset=x;base64,{PNG}"}, {"base64": PNG}),
     ({"type": "image_url", "image_url": {"url": "img/a.png"}}, {"path": "img/a.png"}),
+    ({"type": "image_url", "image_url": {"url": "img\\a.png"}}, {"path": "img/a.png"}),
     ({"type": "image_url", "image_url": {"url": "file:///tmp/a%20b.png"}}, {"path": "/tmp/a b.png"}),
     ({"type": "image_url", "image_url": {"url": "file://localhost/tmp/a.png"}}, {"path": "/tmp/a.png"}),
     ({"type": "image_url", "image_url": {"url": "file://img/a.png"}}, {"path": "img/a.png"}),
