@@ -52,8 +52,7 @@ def _of_gemma4(tokens: _Tokens, inputs: Mapping[str, Any], config: Mapping[str, 
 
 
 def _of_qwen(tokens: _Tokens, inputs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    merged = config["vision_config"].get("spatial_merge_size", 2) ** 2
-    return tokens.soft * (int(np.prod(np.asarray(inputs["image_grid_thw"])[0])) // merged)
+    return tokens.soft * (inputs["patches"] // config["vision_config"].get("spatial_merge_size", 2) ** 2)
 
 
 def _of_mistral(tokens: _Tokens, inputs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -166,15 +165,21 @@ class Eye:
             size: its width and height in pixels.
         """
         if size not in self._written:
-            from PIL import Image
-
             if len(self._written) > _SIZES:
                 self._written.clear()
-            # All of Gemma 3's are alike; of others' content nothing depends.
-            alike = self._family.written is _of_gemma3
-            inputs = {} if alike else self.prepared(Image.new("RGB", size), "np")
-            self._written[size] = self._family.written(self.tokens, inputs, self.config)
+            self._written[size] = self._family.written(self.tokens, self._measured(size), self.config)
         return self._written[size]
+
+    def _measured(self, size: tuple[int, int]) -> dict[str, Any]:
+        """What the tokens of a picture depend on, where these are not alike for all sizes."""
+        from PIL import Image
+
+        if self._family.written is _of_gemma3:
+            return {}
+        if self._family.written is _of_qwen:  # whose pictures can be large: a photograph takes seconds to be prepared
+            width, height = size
+            return {"patches": self.processor.get_number_of_image_patches(height, width)}
+        return self.prepared(Image.new("RGB", size), "np")
 
     def parts(self, name: str) -> int:
         """How many tokens stand for parts of a picture."""

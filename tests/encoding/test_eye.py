@@ -18,6 +18,7 @@ from gemma_tune.encoding.labels import FormatError
 from gemma_tune.encoding.sequences import Encoder
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
 from support.models import make_model, make_seeing
+from support.towers import make_seer
 
 WORDS = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
 SHOWN = "<start_of_image>" + 4 * "<image_soft_token>" + "<end_of_image>"
@@ -129,12 +130,23 @@ def test_as_the_processors_write_them():
     assert eyes._of_gemma4(tokens, outputs, {}) == _theirs(
         Gemma4Processor, {"boi_token": "<b>", "eoi_token": "<e>", "image_token": "<s>"}, outputs)
     outputs = {"image_grid_thw": np.array([[1, 6, 8]])}
-    assert eyes._of_qwen(tokens, outputs, {"vision_config": {"spatial_merge_size": 2}}) == _theirs(
+    assert eyes._of_qwen(tokens, {"patches": 48}, {"vision_config": {"spatial_merge_size": 2}}) == _theirs(
         Qwen3VLProcessor, {"image_token": "<s>", "image_processor": SimpleNamespace(merge_size=2)}, outputs)
     # PixtralProcessor cannot be imported without torchvision: the rows are those of its source.
     mistral = eyes._Tokens("<s>", behind="<e>", end_of_row="<r>")
     assert eyes._of_mistral(mistral, {"image_sizes": [[56, 84]]}, {"vision_config": {"patch_size": 14}}) == (
         "<s><s><s><r><s><s><s><e>")
+
+
+def test_qwens_tokens_are_counted_without_preparing_the_picture(tmp_path, monkeypatch):
+    """Which takes five seconds for one of twelve megapixels, and is done once for each size."""
+    make_seer("qwen3.5", tmp_path / "seer")
+    eye = eye_of(tmp_path / "seer", load_tokenizer(tmp_path / "seer"))
+    merged = eye.config["vision_config"]["spatial_merge_size"] ** 2
+    sizes = [(8, 8), (40, 24), (33, 90), (500, 31), (301, 299)]
+    parts = [int(np.prod(eye.prepared(Image.new("RGB", size), "np")["image_grid_thw"][0])) // merged for size in sizes]
+    monkeypatch.delattr(type(eye), "prepared")
+    assert [eye.written(size).count(eye.tokens.soft) for size in sizes] == parts and len({*parts}) > 2
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
