@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.encoding.chat_format import ChatFormat, Encoded, FormatError
+from gemma_tune.encoding.eye import PICTURES
 
 # A line of train.jsonl: {"messages": […], "tools": […]} or {"text": "…"}; a pair of answers also has "rejected", the
 # turns in place of those that are learned in its messages, and a judged answer "kto_tag". A turn's "pictures" are
@@ -28,10 +29,12 @@ class Outcome:
     Args:
         full: its sequences without any limit.
         kept: those that training gets, each at most ``max_length`` tokens; empty if the row is too long.
+        unseen: how many of these a division has parted from pictures that stand before them.
     """
 
     full: Sequence[Encoded]
     kept: Sequence[Encoded]
+    unseen: int = 0
 
     @property
     def longest(self) -> int:
@@ -115,7 +118,7 @@ class Encoder:
             return Outcome(full, full)
         if self.on_long == "split" and "rejected" not in example:
             messages = _only_last(example["messages"]) if self.train_on == "last" else example["messages"]
-            return Outcome(full, self._pieces(messages, example.get("tools")))
+            return Outcome(full, *self._pieces(messages, example.get("tools")))
         return Outcome(full, self._cut(full))
 
     def _limited_text(self, full: Encoded) -> Outcome:
@@ -132,10 +135,13 @@ class Encoder:
             return []
         return [p for s in sequences if (p := part(s, 0, self.max_length)) is not None]
 
-    def _pieces(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[Encoded]:
+    def _pieces(self, messages: Sequence[dict[str, Any]], tools: Any) -> tuple[list[Encoded], int]:
         """Runs of whole exchanges, each as long as fits and after the system prompt; what fits nowhere is left out.
 
         Exchanges of which nothing is learned stand before the next learned one, as many as fit.
+
+        Returns:
+            The runs, and how many of them stand behind pictures that are not in them.
         """
         system = [m for m in messages[:1] if m["role"] == "system"]
         starts = [n for n, m in enumerate(messages) if m["role"] == "user"]
@@ -149,7 +155,7 @@ class Encoder:
             return sequences if self._fits(sequences) else None
 
         kept: list[Encoded] = []
-        done = 0
+        done = unseen = 0
         for n in learned:
             if n < done:
                 continue
@@ -158,8 +164,10 @@ class Encoder:
             if size:
                 end = _last_that(lambda end, first=first: encoded(first, end) is not None, done, len(exchanges))
                 done = max(m for m in learned if m < end) + 1
-                kept += encoded(first, done) or []
-        return kept
+                piece = encoded(first, done) or []
+                kept += piece
+                unseen += len(piece) if any(PICTURES in m for exchange in exchanges[:first] for m in exchange) else 0
+        return kept, unseen
 
 
 def with_rejected(example: PreparedRow) -> list[dict[str, Any]]:

@@ -248,6 +248,7 @@ class Judge:
         if len(outcome.full) > 1 and kind != PAIRS:
             judged.noticed.rewritten += 1
             judged.noticed.difference = judged.noticed.difference or self._difference(row, example)
+        judged.noticed.pictures.unseen += outcome.unseen
         if not outcome.kept:
             judged.rejected.append(Rejected(row, (self._too_long(outcome, kind, example),)))
         text = json_bytes(example)

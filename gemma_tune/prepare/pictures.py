@@ -51,6 +51,7 @@ class NoticedPictures:
         first_missing: the path of the first that is not, and where it was looked for.
         tried: where they were looked for, see :func:`located`.
         moving: rows with an animated picture, or one of several pages; ``first_moving`` is where the first of them is.
+        unseen: parts of divided rows that are learned without pictures that stand before them.
     """
 
     found: int = 0
@@ -59,6 +60,7 @@ class NoticedPictures:
     tried: Tried = field(default_factory=dict)
     moving: int = 0
     first_moving: str = ""
+    unseen: int = 0
 
     def add(self, later: NoticedPictures) -> None:
         """Put together with what was noticed about later rows."""
@@ -68,6 +70,7 @@ class NoticedPictures:
         self.tried |= later.tried
         self.moving += later.moving
         self.first_moving = self.first_moving or later.first_moving
+        self.unseen += later.unseen
 
 
 class Pictures:

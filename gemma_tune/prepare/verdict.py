@@ -248,6 +248,10 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
         listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
     if elsewhere := _elsewhere(findings.noticed.pictures):
         listener.warn("; ".join(elsewhere))
+    if unseen := findings.noticed.pictures.unseen:
+        parts = counted(unseen, "part of a divided row is", "parts of divided rows are")
+        listener.warn(f"{parts} learned without pictures that stand before {'it' if unseen == 1 else 'them'}: a larger "
+                      "--max-length keeps them together, --on-long drop leaves such rows out")
     if both := report.get("pictures_on_both_sides"):
         listener.note(f"{counted(both, 'picture is', 'pictures are')} in training and validation rows, with other "
                       "questions: the validation loss says less about pictures that the model has not seen")

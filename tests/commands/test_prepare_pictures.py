@@ -384,6 +384,19 @@ def test_the_tokens_of_pictures_are_counted(learn):
     assert "tokens of pictures" in done["err"]
 
 
+def test_what_is_parted_from_its_picture_is_told(learn):
+    """Questions about a picture of an earlier turn, which a division leaves without it."""
+    save("a.png")
+    row = shown("a.png", answer="A dot. " + "word " * 5)
+    later = [{"role": "user", "content": "And its colour?"}, {"role": "assistant", "content": "Yellow. " + "word " * 5}]
+    write_rows(Path("rows.jsonl"), [{"messages": [*row["messages"], *later, *later]}, *rows(3)])
+    divided = learn("rows.jsonl", "--max-length", 80, "--on-long", "split")
+    assert divided["summary"]["sequences"] == 6
+    assert "2 parts of divided rows are learned without pictures that stand before them: a larger --max-length" in divided["err"]
+    for how in (("--max-length", 80, "--on-long", "truncate"), ("--on-long", "split")):
+        assert "without pictures" not in learn("rows.jsonl", *how)["err"]
+
+
 def test_a_preview_shows_where_pictures_stand(learn):
     save("a.png")
     write_rows(Path("rows.jsonl"), [shown("a.png")])
