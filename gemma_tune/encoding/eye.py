@@ -8,8 +8,9 @@ written here, by family; what they compute of a picture is computed by theirs.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURES = "pictures"  # key of a turn, and folder beside train.jsonl
+READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's names; some of its other readers start programs
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SIZES = 10_000  # of pictures, that are remembered
 
@@ -260,30 +262,38 @@ def in_colours(picture: Image) -> Image:
     return upright.convert("RGB")
 
 
-@lru_cache(_SIZES)
 def size_of(path: Path) -> tuple[int, int]:
     """Width and height in pixels of the upright picture.
 
     Raises:
         OSError: as :func:`opened`.
     """
+    found = path.stat()
+    return _size_of(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(_SIZES)
+def _size_of(path: Path, changed: int, length: int) -> tuple[int, int]:
     with _read(path) as picture:
         # Of a TIFF, Pillow gives the size of the upright picture.
         turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in (5, 6, 7, 8)  # Orientation
         return picture.size[::-1] if turned else picture.size
 
 
-@contextmanager
+@contextlib.contextmanager
 def _read(path: Path) -> Iterator[Image]:
     from PIL import Image
 
-    try:
-        with open(path, "rb") as file, Image.open(file) as picture:  # by its path, Pillow misreads a TIFF that is turned
-            yield picture
-    except (OSError, MemoryError):
-        raise
-    except Exception as e:  # noqa: BLE001 - Pillow's readers raise whatever broken data lead them to
-        raise OSError(f"{path} is damaged: {first_line(e)}") from e
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures, and of faults beside what is seen
+        try:
+            # By its path, Pillow misreads a TIFF that is turned.
+            with open(path, "rb") as file, Image.open(file, formats=READ) as picture:
+                yield picture
+        except (OSError, MemoryError):
+            raise
+        except Exception as e:  # noqa: BLE001 - Pillow's readers raise whatever broken data lead them to
+            raise OSError(f"{path} is damaged: {first_line(e)}") from e
 
 
 def _tokens_of(config: Mapping[str, Any], tokenizer: Any) -> tuple[int, _Tokens]:

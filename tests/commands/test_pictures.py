@@ -16,7 +16,7 @@ from train.test_captured_whole import as_on_a_gpu  # noqa: F401 - a fixture
 
 from gemma_tune.answers import sight
 from gemma_tune.answers.generation import BROKEN
-from gemma_tune.encoding.eye import pictures_of, size_of
+from gemma_tune.encoding.eye import pictures_of
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
@@ -56,7 +56,6 @@ def coloured_once(seer, tmp_path_factory) -> Path:
 @pytest.fixture
 def coloured(coloured_once, seer) -> Path:
     """A run of one's own, and its model where its manifest looks for it."""
-    size_of.cache_clear()  # the same paths lead to other files in each test
     shutil.copytree(seer, Path("seer"))
     shutil.copytree(coloured_once, RUN)
     manifest = json.loads((RUN / "manifest.json").read_text())

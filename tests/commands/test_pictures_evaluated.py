@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from gemma_tune.answers.generation import BROKEN
 from gemma_tune.answers.sight import _TAKEN
-from gemma_tune.encoding.eye import pictures_of, size_of
+from gemma_tune.encoding.eye import pictures_of
 from gemma_tune.evaluate import sight
 from gemma_tune.lora.load import add_adapter
 from support.command import copied_run, write_rows
@@ -128,7 +128,6 @@ def test_a_picture_that_is_gone(cli, seer):
     run, model = seer("gemma3")
     row = show_pictures(run, model, lambda n: 1)["valid"][0]
     (run / "data" / row["messages"][0]["pictures"][0]["file"]).unlink()
-    size_of.cache_clear()  # as in a process of its own
     result = cli("eval", *FP32)
     assert result.code == 2 and "a picture of the validation rows cannot be read" in result.err
     assert Path(row["messages"][0]["pictures"][0]["file"]).name[:20] in "".join(result.err.split())

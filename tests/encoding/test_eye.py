@@ -196,3 +196,30 @@ def test_a_damaged_picture_is_an_error_of_reading_whatever_its_reader_raises(tmp
     path.write_bytes(path.read_bytes()[:18] + b"\0\0\1\0" * 2 + path.read_bytes()[26:])  # 65,536 x 65,536 pixels
     with pytest.raises(OSError, match="a.bmp is damaged: Image size"):
         read(path)
+
+
+def test_a_file_whose_content_changes_is_another_picture(tmp_path):
+    """As one that a program writes again and again, and asks about each time."""
+    path = tmp_path / "frame.png"
+    for size in ((30, 20), (64, 80)):
+        Image.new("RGB", size).save(path)
+        assert size_of(path) == size
+
+
+def test_what_pillow_warns_of_is_shown_to_nobody(tmp_path, recwarn, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of which the double is refused
+    palette = Image.new("P", (40, 40), 1)
+    palette.putpalette([1, 2, 3, 200, 100, 0])
+    palette.save(tmp_path / "large.png", transparency=b"\0\x80")
+    assert opened(tmp_path / "large.png").getpixel((0, 0)) == (200, 100, 0) and size_of(tmp_path / "large.png") == (40, 40)
+    assert not recwarn.list
+
+
+def test_no_program_is_started_for_what_only_looks_like_a_picture(tmp_path):
+    """Pillow would have Ghostscript run a PostScript file, whatever its name."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    assert Image.open(path).format == "EPS"
+    for reads in (opened, size_of):
+        with pytest.raises(OSError, match="cannot identify"):
+            reads(path)

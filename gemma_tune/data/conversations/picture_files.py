@@ -20,12 +20,12 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import first_line
 from gemma_tune.data.conversations.problems import Problem
 from gemma_tune.data.reading.rows import HUB, Source
-from gemma_tune.encoding.eye import NoColours, in_colours
+from gemma_tune.encoding.eye import READ, NoColours, in_colours
 
-# What Pillow finds a file to be, and the end of its name. MPO is what many telephones write: a JPEG with others behind.
+# What Pillow finds a file to be, and the end of its name. MPO is what many telephones write: a JPEG with others behind,
+# which the reader of JPEG finds by itself.
 ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 BROKEN, MISSING = "picture", "no_picture"  # codes of problems
-_READ = tuple(name for name in ENDINGS if name != "MPO")  # which the reader of JPEG finds by itself
 _LARGEST = 1 << 30  # bytes; what Pillow takes is smaller
 _HEIC = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")  # of files in these formats
@@ -181,7 +181,7 @@ def examined(content: bytes) -> tuple[str, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, and of faults beside what is seen
-            with Image.open(io.BytesIO(content), formats=_READ) as image:
+            with Image.open(io.BytesIO(content), formats=READ) as image:
                 ending, several = ENDINGS[image.format], getattr(image, "is_animated", False)
                 # Of a JPEG all is read, and an eighth of the pixels made of it: six times as fast.
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
