@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from gemma_tune.models.placement import Placement
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_KEPT = 128  # pictures whose features stay, of a megabyte each
+_KEPT = 512 << 20  # bytes of features that stay: of hundreds of Gemma's pictures, or of a few large ones of a Qwen's
 
 
 class Looking:
@@ -28,7 +27,7 @@ class Looking:
     def __init__(self, checkpoint: Path, eye: Eye, placement: Placement):
         self.checkpoint, self.eye, self.placement = checkpoint, eye, placement
         self._towers: PreTrainedModel | None = None
-        self._seen = lru_cache(_KEPT)(self._see)
+        self._seen: dict[str, Features] = {}  # the last used ones last
 
     def __getitem__(self, name: str) -> Features:
         """Features of a picture.
@@ -36,9 +35,16 @@ class Looking:
         Raises:
             UserError: the towers cannot be loaded.
         """
-        return self._seen(name)
+        self._seen[name] = found = self._seen.pop(name, None) or self._see(name)
+        while len(self._seen) > 1 and sum(map(_size, self._seen.values())) > _KEPT:
+            del self._seen[next(iter(self._seen))]
+        return found
 
     def _see(self, name: str) -> Features:
         if self._towers is None:
             self._towers = load_towers(self.checkpoint, self.placement)
         return see(self._towers, self.eye, name)
+
+
+def _size(features: Features) -> int:
+    return sum(tensor.nbytes for tensor in features.values())

@@ -61,6 +61,9 @@ def test_towers_are_loaded_once_and_a_picture_looked_at_once(tmp_path, pictures,
     assert done == []
     assert seen["0.png"] is seen["0.png"] and seen["1.png"]
     assert done == ["loaded", "0.png", "1.png"]
+    monkeypatch.setattr(looking, "_KEPT", seen["0.png"]["features"].nbytes * 5 // 2)  # room for two
+    assert seen["2.png"] and seen["0.png"] and done[3:] == ["2.png"], "the last used ones stay"
+    assert seen["1.png"] and done[4:] == ["1.png"], "and the others do not fill the memory"
 
 
 def test_a_checkpoint_without_its_towers_is_refused(tmp_path):
