@@ -21,6 +21,7 @@ from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import is_out_of_memory, no_memory
+from gemma_tune.base.words import first_line
 from gemma_tune.chat.pictures import pictures_in
 from gemma_tune.chat.voice import sampling_of
 from gemma_tune.config.stages import ChatConfig
@@ -73,10 +74,22 @@ class LocalVoice:
                             "google/gemma-3-4b-it, or ask without a picture")
 
     def _find(self, messages: Any) -> None:
-        """Let the eye know where the pictures of a conversation lie."""
+        """Let the eye know where the pictures of a conversation lie.
+
+        Raises:
+            UserError: the model takes none, or not these.
+        """
         for picture in pictures_in(messages):
             self.require_sight()
-            self.chat.eye.elsewhere[picture["file"]] = Path(picture["lies_at"])
+            eye, name = self.chat.eye, picture["file"]
+            eye.elsewhere[name] = Path(picture["lies_at"])
+            try:
+                eye.parts(name)
+            except UserError:  # about the model
+                raise
+            except Exception as e:  # of a shape, say, that the family's processor does not take, or gone by now
+                raise UserError(f"{picture['path']} is none that the model is shown: {first_line(e)}",
+                                "make another picture of it; in a conversation, /image alone takes it back") from e
 
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         found: list[Any] = [None] * len(asked)
