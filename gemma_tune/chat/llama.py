@@ -19,7 +19,7 @@ from gemma_tune.chat.pictures import as_png, pictures_in
 from gemma_tune.chat.voice import one_after_another, sampling_of
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.eye import PICTURES
+from gemma_tune.encoding.eye import PICTURES, with_parts
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.gguf.engine import Engine, engine_name
 from gemma_tune.run.directory import command
@@ -62,9 +62,11 @@ class LlamaStream(Streaming):
 class LlamaTalk(Streaming):
     """An answer of llama.cpp to a conversation with pictures, whose prompt it makes itself."""
 
-    def __init__(self, engine: Engine, chat: ChatFormat, messages: list[dict[str, Any]], limit: int,
-                 settings: dict[str, Any]):
-        self._engine, self._messages, self._limit, self._settings = engine, messages, limit, settings
+    def __init__(self, engine: Engine, chat: ChatFormat, messages: Any, limit: int, settings: dict[str, Any]):
+        turns = [with_parts(turn) if turn.get(PICTURES) else turn for turn in messages]
+        self._engine, self._limit, self._settings = engine, limit, settings
+        self._asked = [{"role": turn["role"], "content": turn["content"]} for turn in turns], [
+            as_png(picture) for picture in pictures_in(messages)]
         self._tokens = 0
         super().__init__(Pieces(chat), None)
 
@@ -72,7 +74,7 @@ class LlamaTalk(Streaming):
         return Answer(self._pieces.text, self._tokens, self._pieces.ended)
 
     def _make(self) -> None:
-        with contextlib.closing(self._engine.talk(self._messages, self._limit, **self._settings)) as parts:
+        with contextlib.closing(self._engine.talk(*self._asked, self._limit, **self._settings)) as parts:
             for text, self._tokens, self._pieces.ended, read in parts:
                 self.prompt_tokens = read or None
                 if text:
@@ -102,9 +104,11 @@ class LlamaVoice:
 
     def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Streaming:
         if any(pictures_in(messages)):
-            self._open_eyes(tools)
-            sent = [_sent(turn) for turn in messages]
-            return LlamaTalk(self.engine, self.chat, sent, config.max_new_tokens, self._settings(config))
+            if tools or any("tool_calls" in turn for turn in messages):
+                raise UserError("tools beside a picture are not asked through llama.cpp",
+                                "ask the adapter: --use adapter")
+            self._open_eyes()
+            return LlamaTalk(self.engine, self.chat, messages, config.max_new_tokens, self._settings(config))
         ids = prompt_ids(self.chat, messages, tools)
         limit = room_in(self.context, len(ids), config.max_new_tokens,
                         "the room that llama.cpp has here (--use adapter has all of the model's)")
@@ -120,16 +124,19 @@ class LlamaVoice:
                             "export-ollama writes it for a model that sees, unless --no-vision was said; or ask the "
                             "adapter: --use adapter")
 
-    def _open_eyes(self, tools: Any) -> None:
-        """Load the files anew, with what the model sees with."""
+    def _open_eyes(self) -> None:
+        """Load the files anew, with what the model sees with; where that fails, questions without pictures go on."""
         self.require_sight()
-        if tools:
-            raise UserError("tools beside a picture are not asked through llama.cpp", "ask the adapter: --use adapter")
-        if not self._sees:
-            assert self.gguf is not None
-            self.engine.__exit__(None, None, None)
+        if self._sees:
+            return
+        assert self.gguf is not None
+        self.engine.__exit__(None, None, None)
+        try:
             self.engine = Engine(self.gguf, self.context, talking=True, projector=self.projector)
             self._sees = True
+        finally:
+            if not self._sees:
+                self.engine = Engine(self.gguf, self.context, talking=True)
 
     def batch(self, asked: Sequence[tuple[Any, Any]], config: ChatConfig) -> Iterator[Answer | UserError]:
         return one_after_another(self, asked, config)
@@ -139,10 +146,6 @@ class LlamaVoice:
 
     def close(self) -> None:
         self.engine.__exit__(None, None, None)
-
-
-def _sent(turn: Any) -> dict[str, Any]:
-    return {**turn, "images": list(map(as_png, turn.get(PICTURES, ())))}
 
 
 def open_gguf(session: Session) -> LlamaVoice:

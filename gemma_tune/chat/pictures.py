@@ -23,7 +23,6 @@ from gemma_tune.base.words import first_line
 from gemma_tune.encoding.eye import PICTURES, opened, texts_around
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_DATA = re.compile(r"data:image/[\w.+-]+;base64,")
 _HINT = "name a PNG, JPEG, WebP, GIF, BMP or TIFF file"
 Picture = dict[str, Any]
 
@@ -63,11 +62,10 @@ class Shown:
         return {**turn, PICTURES: found}
 
     def _of_row(self, picture: Mapping[str, Any], folder: Path) -> Picture:
-        named = picture.get("path")
-        if named is not None and not _DATA.match(named):
-            return self.picture(folder / _from_uri(os.path.expanduser(named)))
+        if "path" in picture:
+            return self.picture(folder / os.path.expanduser(picture["path"]))
         try:
-            content = base64.b64decode(_DATA.sub("", picture.get("base64") or named or ""), validate=True)
+            content = base64.b64decode(picture["base64"], validate=True)
         except (binascii.Error, ValueError) as e:
             raise UserError(f"a picture is not written in base64: {first_line(e)}", _HINT) from e
         name = hashlib.sha256(content).hexdigest()

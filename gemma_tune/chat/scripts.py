@@ -24,17 +24,15 @@ from gemma_tune.chat.pictures import Shown
 from gemma_tune.chat.voice import Voice
 from gemma_tune.data.conversations import layouts
 from gemma_tune.data.conversations.layouts import SYSTEMS
-from gemma_tune.data.conversations.pictures import pictures_in
+from gemma_tune.data.conversations.pictures import COLUMNS, beside
 from gemma_tune.data.conversations.problems import Problem, damaged
 from gemma_tune.data.conversations.tools import declarations
 from gemma_tune.data.conversations.turns import Turn, conversation
-from gemma_tune.encoding.eye import PICTURES
 
 _HEAD = 4096  # bytes in which a file that is no text shows it
 WINDOW = 256  # prompts that are sorted by length and answered before the next are looked at
 _BESIDE_MESSAGES = (*SYSTEMS, "tools", "functions")
-_IMAGES = "images"
-_READ = ("id", "prompt", "messages", _IMAGES, *_BESIDE_MESSAGES)
+_READ = ("id", "prompt", "messages", *COLUMNS, *_BESIDE_MESSAGES)
 _SHAPE = 'a line is {"messages": […]} or {"prompt": "…"}'
 _PIPED = "pipe prompts into the command, one on each line, or give one with --prompt"
 
@@ -48,8 +46,7 @@ class Asked:
         prompt: what was asked; None for a whole conversation.
         messages: the turns, without the chat's own system prompt.
         given: a whole conversation as it stands in the row.
-        images: what the row has as the pictures of a prompt.
-        named: ``id`` of the row, if it has one.
+        named: ``id`` of the row, if it has one, and its columns of pictures.
         unread: names of what else the row has.
         problem: why it cannot be asked.
     """
@@ -62,14 +59,12 @@ class Asked:
     problem: UserError | None = None
     unread: tuple[str, ...] = ()
     given: Any = None
-    images: Any = None
 
     @property
     def echo(self) -> dict[str, Any]:
         """What a program finds its question by."""
-        return (self.named | ({"prompt": self.prompt} if self.prompt is not None
-                              else {} if self.given is None else {"messages": self.given})
-                | ({_IMAGES: self.images} if self.images else {}))
+        return self.named | ({"prompt": self.prompt} if self.prompt is not None
+                             else {} if self.given is None else {"messages": self.given})
 
 
 Result = Answer | UserError
@@ -143,7 +138,7 @@ def _with_pictures(asked: Asked, shown: Shown, folder: Path) -> Asked:
 
 def _of_row(row: dict[str, Any], where: str) -> Asked:
     """A JSON object; one that is no prompt and no conversation has its problem, and keeps its ``id``."""
-    named = {"id": row["id"]} if "id" in row else {}
+    named = {key: row[key] for key in ("id", *COLUMNS) if key in row}
     try:
         return _question_in(row, where, named)
     except UserError as e:
@@ -171,25 +166,23 @@ def _question_in(row: dict[str, Any], where: str, named: dict[str, Any]) -> Aske
         if unread := [name for name in _BESIDE_MESSAGES if row.get(name)]:
             raise UserError(f"{where}: {' and '.join(unread)} beside a prompt would not be asked",
                             'write a conversation: {"messages": [{"role": "system", …}, …], "tools": […]}')
-        turn = {"role": "user", "content": row["prompt"]} | _pictures_of(row, where)
-        return Asked(where, row["prompt"], [turn], named=named, unread=others, images=row.get(_IMAGES))
+        return Asked(where, row["prompt"], _prompt_in(row, where), named=named, unread=others)
     turns, tools = _conversation_in(row, where)
-    if row.get(_IMAGES) and not any(PICTURES in turn for turn in turns):
-        raise UserError(f"{where}: images beside messages would not be shown",
-                        'write them into a turn: "content": [{"type": "image", "path": "a.png"}, …]')
     return Asked(where, messages=turns, tools=tools, named=named, unread=others, given=row["messages"])
 
 
-def _pictures_of(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a prompt's turn has of its pictures, as turns of conversations have them.
+def _prompt_in(row: dict[str, Any], where: str) -> list[Turn]:
+    """The turn of a prompt, with the pictures beside it, where there are some, as `prepare` has them.
 
     Raises:
-        UserError: they are no paths.
+        UserError: they are none.
     """
-    names = row.get(_IMAGES) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{where}: images are no list of paths", '{"prompt": "…", "images": ["a.png"]}')
-    return {PICTURES: [{"at": 0, "path": name} for name in names]} if names else {}
+    turns: list[Turn] = [{"role": "user", "content": row["prompt"]}]
+    problems: list[Problem] = []
+    if shown := beside("", row, problems):
+        turns = conversation(turns, problems, answered=False, pictures=shown)
+    _refuse(problems, where)
+    return turns
 
 
 def _conversation_in(row: dict[str, Any], where: str) -> tuple[list[Turn], list[Turn] | None]:
@@ -201,9 +194,7 @@ def _conversation_in(row: dict[str, Any], where: str) -> tuple[list[Turn], list[
     problems: list[Problem] = []
     draft = layouts.messages(row, problems)
     tools = declarations(draft.tools, problems)
-    turns = conversation(draft.messages, problems, answered=False)
-    if pictures_in(turns):
-        problems.append(Problem("picture", "it has pictures, and text alone is asked", "leave it out"))
+    turns = conversation(draft.messages, problems, answered=False, pictures=beside("", row, problems))
     _refuse(problems, where)
     if turns[-1]["role"] not in ("user", "tool"):
         ends = "an answer" if turns[-1]["role"] == "assistant" else "the system's turn"

@@ -150,15 +150,7 @@ class Engine:
         Raises:
             EngineRefused: the model has no projector, or cannot take these pictures or turns.
         """
-        files = iter(map(as_text, pictures))
-
-        def shown(part: Mapping[str, Any]) -> Mapping[str, Any]:
-            return part if part["type"] != "image" else {"type": "image_url", "image_url": {
-                "url": f"data:image/png;base64,{next(files)}"}}
-
-        turns = [turn if isinstance(turn["content"], str) else {**turn, "content": [*map(shown, turn["content"])]}
-                 for turn in messages]
-        return self._completed({"prompt_string": self.apply_template(turns),
+        return self._completed({"prompt_string": self.apply_template(_with_pictures(messages, pictures)),
                                 "multimodal_data": [*map(as_text, pictures)]}, count)
 
     def _completed(self, prompt: list[int] | dict[str, Any], count: int) -> Completion:
@@ -177,7 +169,8 @@ class Engine:
             EngineRefused: the model has no projector, or cannot take this picture.
             WorkFailed: llama.cpp breaks down.
         """
-        asked = [_with_pictures({"role": "user", "content": question, "images": [picture]})]
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        asked = _with_pictures([{"role": "user", "content": parts}], [picture])
         # Of a token that is a part of a character llama.cpp tells none, so another one is made to come; the
         # probabilities are those of before.
         plain = self.tokenize(question, add_special=False, parse_special=False)[-1]
@@ -211,19 +204,19 @@ class Engine:
                 return
         raise self._failed("llama.cpp ended its answer before it was whole")
 
-    def talk(self, messages: Sequence[Mapping[str, Any]], count: int, **sampling: Any
+    def talk(self, messages: Sequence[Mapping[str, Any]], pictures: Sequence[bytes], count: int, **sampling: Any
              ) -> Iterator[tuple[str, int, bool, int]]:
         """The same to a conversation that the GGUF's own chat template renders, as :meth:`stream` cannot be given
         pictures.
 
         Args:
-            messages: a turn's ``images`` are PNG or JPEG files, which stand before its text.
+            messages, pictures: as of :meth:`complete_seen`.
 
         Yields:
             as :meth:`stream`, and the tokens of the prompt.
         """
         made = read = 0
-        body = {"messages": [_with_pictures(turn) for turn in messages], "max_tokens": count,
+        body = {"messages": _with_pictures(messages, pictures), "max_tokens": count,
                 "timings_per_token": True, "reasoning_format": "none"}
         for part in self._parts("/v1/chat/completions", **body, **sampling):
             timings, choice = part.get("timings") or {}, (part.get("choices") or [{}])[0]
@@ -317,17 +310,24 @@ def end_all() -> None:
             process.kill()
 
 
-def _with_pictures(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn as llama.cpp takes it, whose ``images`` are parts of its content."""
-    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{as_text(picture)}"}}
-             for picture in turn.get("images", ())]
-    content = [*parts, {"type": "text", "text": turn["content"]}] if parts else turn["content"]
-    return {"role": turn["role"], "content": content}
+def _with_pictures(messages: Sequence[Mapping[str, Any]], pictures: Sequence[bytes]) -> list[Mapping[str, Any]]:
+    """Turns as llama.cpp takes them, with the pictures in their places."""
+    files = map(as_text, pictures)
+
+    def shown(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        return part if part["type"] != "image" else {"type": "image_url", "image_url": {
+            "url": f"data:image/png;base64,{next(files)}"}}
+
+    return [turn if isinstance(turn["content"], str) else {**turn, "content": [*map(shown, turn["content"])]}
+            for turn in messages]
 
 
 def _refused(content: Any, status: int) -> EngineRefused:
-    message = content.get("error", {}).get("message", "") if isinstance(content, dict) else ""
-    return EngineRefused(f"llama.cpp refuses it: {message or status}")
+    error = content.get("error", {}) if isinstance(content, dict) else {}
+    if error.get("type") == "exceed_context_size_error":
+        return EngineRefused(f"the conversation has {error['n_prompt_tokens']:,} tokens, and llama.cpp has room for "
+                             f"{error['n_ctx']:,} here", "shorten it, or show fewer or smaller pictures")
+    return EngineRefused(f"llama.cpp refuses it: {error.get('message') or status}")
 
 
 def engine_words(log: str) -> str:

@@ -58,7 +58,10 @@ def test_a_row_that_was_cut_off_is_no_prompt():
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "system", "content": "c"}, '
      '{"role": "user", "content": "d"}]}', "turn 3 is a system message; it can only be the first"),
     ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}', "'image_url', a picture that the row does not have"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]}', "it has pictures, and text alone is asked"),
+    ('{"messages": [{"role": "user", "content": "a"}], "images": ["http://a/b.png"]}', "is at an address, and nothing is downloaded"),
+    ('{"messages": [{"role": "user", "content": "<image> <image>"}], "image": "a.png"}', "2 places"),
+    ('{"prompt": "<image> or <image>?", "images": ["a.png"]}', "2 places"), ('{"prompt": "a", "video": "a.mp4"}', "only text and pictures"),
+    ('{"messages": [{"role": "system", "content": [{"type": "image", "image": "a.png"}]}, {"role": "user", "content": "a"}]}', "turn 1"),
     ('{"messages": [{"role": "system", "content": "a"}]}', "end with the system's turn"),
     ('{"prompt": 3}', "no text"), ('{"prompt": [], "messages": []}', "both messages and a prompt"), ('{"messages": []}', "an empty list"), ('{"messages": [{"role": "x"}]}', "the role 'x'"),
     ('{"messages": "hello"}', "is text, not a list of turns"), ('{"prompt": "a \\ud800 b"}', "the prompt contains damaged characters"),
@@ -214,3 +217,21 @@ def test_compare_answers_with_both_in_one_object(cli, fluent):
     both = cli("chat", "--compare", "--prompt", "Say number 3.", "--dtype", "fp32", "-n", 30)
     assert both.out.startswith("[talkative, the base model]\n") and both.out.endswith("The number is 3, no more.\n")
     assert "exclude each other" in cli("chat", "--compare", "--merged", "-p", "a", "--json").json["error"]["problems"][0]
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [user("See <image>?")], "images": ["a.png"]}, {"messages": [user("See <image>?")], "image": "a.png"},
+    {"prompt": "See <image>?", "images": ["a.png"]}, {"prompt": "See <image>?", "image": {"path": "a.png"}},
+    {"messages": [user([{"type": "text", "text": "See "}, {"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "?"}])]}])
+def test_pictures_stand_where_prepare_reads_them(row, tmp_path):
+    """Beside a prompt or a conversation as well as in its parts; and a program finds its question again."""
+    from PIL import Image
+
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    given = row if "messages" in row else {"messages": [user(row["prompt"])]} | {key: row[key] for key in row if key != "prompt"}
+    [learned] = Formats().example(given | {"messages": [*given["messages"], {"role": "assistant", "content": "b"}]}).messages[:-1]
+    [one] = read([json.dumps(row)], "rows.jsonl", rows_only=True, folder=tmp_path)
+    assert one.problem is None and one.echo == row and not one.unread
+    [turn] = one.messages
+    assert turn["content"] == learned["content"] and [p["at"] for p in turn["pictures"]] == [p["at"] for p in learned["pictures"]] == [4]
+    assert turn["pictures"][0]["lies_at"] == str(tmp_path / "a.png")

@@ -134,8 +134,11 @@ def test_rows_name_their_pictures_from_their_file_on(cli, made, run, tmp_path):
     text = base64.b64encode((tmp_path / "1.png").read_bytes()).decode()
     questions = [{"prompt": "What is it?", "images": ["first one.png"]}, {"prompt": "Hello"},
                  {"id": 7, "prompt": "And this?", "images": ["gone.png"]}, {"prompt": "?", "images": ["../broken.png"]},
-                 {"prompt": "Both?", "images": [f"data:image/png;base64,{text}", str(tmp_path / "2.png")]}, {"prompt": "?", "images": "a.png"},
-                 {"messages": [{"role": "user", "content": "Hello"}], "images": ["first one.png"]}]
+                 {"prompt": "Both?", "images": [f"data:image/png;base64,{text}", str(tmp_path / "2.png")]}, {"prompt": "?", "images": ["thin.png", "http://a.b/c.png"]},
+                 {"messages": [{"role": "user", "content": "Hello"}], "images": ["first one.png"]},
+                 {"messages": [{"role": "user", "content": "Is it <image>, or"}, {"role": "assistant", "content": "No."},
+                               {"role": "user", "content": [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}]}],
+                  "image": "first one.png"}]
     (place / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
     result = cli("chat", "--input", place / "rows.jsonl", "--json", *GREEDY)
     assert result.code == 1
@@ -144,12 +147,13 @@ def test_rows_name_their_pictures_from_their_file_on(cli, made, run, tmp_path):
     base = made("gemma3")[1]
     assert [one.get("answer") for one in found] == [
         expected(run, base, [asked("What is it?", "0.png")], batch=True), expected(run, base, [asked("Hello")], batch=True), None, None,
-        expected(run, base, [asked("Both?", "1.png", "2.png")], batch=True), None, None]
+        expected(run, base, [asked("Both?", "1.png", "2.png")], batch=True), None, expected(run, base, [asked("Hello", "0.png")], batch=True),
+        expected(run, base, [asked("Is it , or", "0.png", at=6), {"role": "assistant", "content": "No."}, asked("", "1.png")], batch=True)]
     assert found[0]["images"] == ["first one.png"] and found[2]["id"] == 7
     errors = [one["error"]["message"] for one in found if "error" in one]
     assert f"rows.jsonl:3: there is no picture {place / 'gone.png'}" in errors[0]
     assert "rows.jsonl:4: " in errors[1] and "broken.png is no picture that can be read: cannot identify image file" in errors[1]
-    assert "rows.jsonl:6: images are no list of paths" in errors[2] and "rows.jsonl:7: images beside messages" in errors[3]
+    assert "rows.jsonl:6: picture 2 in `images` is at an address" in errors[2] and len(errors) == 3
 
 
 @pytest.mark.parametrize(("args", "says"), [
@@ -170,6 +174,18 @@ def test_a_picture_that_is_cut_off_is_refused(cli, run, tmp_path):
     (tmp_path / "half.png").write_bytes(whole[:len(whole) // 2])
     result = cli("chat", "--prompt", "What?", "--image", "half.png", *GREEDY)
     assert result.code == 2 and "half.png is no picture that can be read" in result.err, result.err
+
+
+def test_a_picture_that_the_models_processor_refuses_costs_its_own_answer_alone(cli, made, tmp_path):
+    run, _ = made("qwen3.5")
+    Image.new("RGB", (2, 900)).save(tmp_path / "thin.png")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "What?", "images": ["thin.png"]}\n{"prompt": "Say number 3."}\n')
+    result = cli("chat", "--run", run, "--input", "rows.jsonl", "--json", *GREEDY)
+    bad, good = map(json.loads, result.out.splitlines())
+    assert result.code == 1 and "answer" in good, result.err
+    assert f"{tmp_path / 'thin.png'} is none that the model is shown: absolute aspect ratio" in bad["error"]["message"]
+    result = cli("chat", "--run", run, "--prompt", "What?", "--image", "thin.png", *GREEDY)
+    assert result.code == 2 and "none that the model is shown" in result.err and "unexpected" not in result.err, result.err
 
 
 def test_a_model_that_takes_text_alone_says_so(cli, fluent, tmp_path):
@@ -206,6 +222,8 @@ def test_llama_cpp_is_shown_pictures_with_the_projector_of_the_export(cli, run, 
     engines.clear()
     found = [json.loads(line)["answer"] for line in cli(*ask, "--input", "questions.jsonl").out.splitlines()]
     assert found == [answers[2]["answer"], answers[0]["answer"], answers[1]["answer"]] and len(engines) == 2
+    result = cli(*ask, "--prompt", "word " * 2000, "--image", "0.png")
+    assert result.code == 1 and "tokens, and llama.cpp has room for 1,024 here" in result.err and "fewer or smaller" in result.err
     assert exported("--no-create", "--no-vision").code == 0
     result = cli(*ask, "--prompt", "What is it?", "--image", "0.png")
     assert result.code == 2 and "the export has no file that the model sees with (mmproj)" in result.err, result.err

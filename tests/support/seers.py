@@ -51,9 +51,9 @@ def write_pictures(folder: Path) -> Path:
     return folder
 
 
-def asked(text: str, *names: str) -> dict[str, Any]:
-    """A question with these pictures before it."""
-    shown = {"pictures": [{"at": 0, "file": f"pictures/{name}"} for name in names]} if names else {}
+def asked(text: str, *names: str, at: int = 0) -> dict[str, Any]:
+    """A question with these pictures before it, or before another of its characters."""
+    shown = {"pictures": [{"at": at, "file": f"pictures/{name}"} for name in names]} if names else {}
     return {"role": "user", "content": text} | shown
 
 

@@ -32,7 +32,8 @@ def one_prompt(conversation: Conversation, prompt: str, as_json: bool, pictures:
     text = prompt.rstrip("\r\n")
     for path in pictures:
         conversation.show(path)
-    asked = Asked("--prompt", text, [conversation.question(text)], images=[str(path) for path in pictures])
+    named = {"images": [str(path) for path in pictures]} if pictures else {}
+    asked = Asked("--prompt", text, [conversation.question(text)], named=named)
     problems = _Problems()
     _answer(conversation, [[asked]], as_json, problems, alone=True)
     problems.tell_cut()
