@@ -14,7 +14,7 @@ from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
 from gemma_tune.chat.ahead import Ahead
-from gemma_tune.chat.pictures import Picture, Shown, as_row, pictures_in
+from gemma_tune.chat.pictures import Picture, Shown, as_row
 from gemma_tune.chat.preferences import Opinion, is_broken, is_cut
 from gemma_tune.chat.saves import Saves
 from gemma_tune.chat.voice import Voice
@@ -29,7 +29,6 @@ __all__ = ["Conversation", "open_conversation"]
 # What /set changes; the seed is no part of how an answer is drawn, but of which one is.
 CHANGEABLE = (*(f.name for f in fields(SamplingConfig)), "seed")
 _NO_TEXT = "an answer has bytes that are no characters (U+FFFD), so there is no pair to learn from"
-_PICTURES = "nothing is learned from pairs of answers about pictures, so no pair is kept; /save keeps the conversation"
 _ROOM_TO_WARN = 0.2  # of the context: from here on it is nearly full
 
 
@@ -191,7 +190,7 @@ class Conversation:
         pairs = self._keep_pairs(opinion)
         if is_cut(self.turns[-1]):
             return 0, "it was cut off, so no pair is kept; /fix TEXT gives it its right text"
-        return pairs, self._why_no_pair
+        return pairs, _NO_TEXT
 
     def correct(self, text: str) -> tuple[int, str]:
         """Put ``text`` in the place of the last answer, and keep that it is better.
@@ -212,21 +211,13 @@ class Conversation:
         pairs = self._keep_pairs(opinion)
         if not differs:
             return 0, "the same text as before but for white space, so there is no pair to learn from"
-        return pairs, self._why_no_pair
+        return pairs, _NO_TEXT
 
     def _keep_pairs(self, opinion: Opinion) -> int:
-        pairs = [] if self._shows_pictures else opinion.pairs(self.messages[:-1])
+        pairs = opinion.pairs([as_row(turn) for turn in self.messages[:-1]])
         assert self.saves is not None
         opinion.rows = self.saves.pairs.put(opinion.rows, pairs)
         return len(pairs)
-
-    @property
-    def _shows_pictures(self) -> bool:
-        return any(pictures_in(self.messages))
-
-    @property
-    def _why_no_pair(self) -> str:
-        return _PICTURES if self._shows_pictures else _NO_TEXT
 
     @property
     def _number(self) -> int:

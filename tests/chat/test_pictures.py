@@ -18,6 +18,7 @@ from gemma_tune.chat.saves import Saves
 from gemma_tune.chat.transcript import export
 from gemma_tune.cli.chat.commands import obey
 from gemma_tune.config.stages import ChatConfig
+from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.run.directory import RunDir
 from support.seers import write_pictures
 
@@ -180,12 +181,22 @@ def test_what_is_saved_and_written_names_the_paths(talk, folder, tmp_path):
     assert f"## You\n\n![0.png](<{folder / '0.png'}>)\n\nWhat?\n" in text
 
 
-def test_no_pair_is_kept_of_answers_about_pictures(talk, folder, capsys):
+def test_pairs_of_answers_about_pictures_are_kept_as_prepare_reads_them(talk, folder, capsys):
     obey(talk, f"/image {folder / '0.png'}")
     talk.exchange("What?")
     obey(talk, "/fix A cat.")
-    assert "nothing is learned from pairs of answers about pictures" in " ".join(capsys.readouterr().err.split())
-    assert talk.conversation.turns[1]["content"] == "A cat." and not talk.conversation.saves.pairs.number()
+    obey(talk, f"/image {folder / '1.png'}")
+    talk.exchange("And this?")
+    obey(talk, "/retry")
+    obey(talk, "/better 2")
+    assert capsys.readouterr().err.count("1 pair of this question in") == 2
+    first, second = ([json.loads(line) for line in talk.conversation.saves.pairs.path.read_text().splitlines()])
+    example = Formats().example(second)
+    assert [[(one["at"], one["path"]) for one in turn.get("pictures", ())] for turn in example.messages] == [
+        [(0, str(folder / "0.png"))], [], [(0, str(folder / "1.png"))], []]
+    assert [turn["content"] for turn in example.messages] == ["What?", "A cat.", "And this?", "a3"]
+    assert [turn["content"] for turn in example.rejected] == ["a2"]
+    assert Formats().example(first).rejected == [{"role": "assistant", "content": "a1"}]
 
 
 def test_pictures_of_rows(folder, tmp_path):
