@@ -281,19 +281,21 @@ class Judge:
         return f"{row.file}:{row.line}: {found}"
 
     def _too_long(self, outcome: Outcome, kind: str, example: PreparedRow) -> Problem:
-        noun = "text" if "text" in example else "conversation"
+        shorter = f"shorten the {'text' if 'text' in example else 'conversation'}"
+        if any("pictures" in turn for turn in example.get("messages", ())):
+            shorter += ", or make its pictures smaller or fewer"
         if kind == PAIRS:
             why = {"split": ", and a pair cannot be divided",
                    "truncate": ", and up to there the answers are not two that differ"}.get(self.config.on_long, "")
             return Problem(_TOO_LONG, f"the longer of both answers makes {outcome.longest} tokens with its prompt, "
                                       f"more than --max-length {self.config.max_length}{why}",
-                           f"use --max-length {outcome.longest}, or shorten the pair")
+                           f"use --max-length {outcome.longest}, or {shorter.replace('conversation', 'pair')}")
         if self.config.on_long in ("split", "truncate"):
             what = "no single exchange of it fits" if self.config.on_long == "split" else "no answer begins before it"
             return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}, "
-                                     f"and {what}", f"use --max-length {outcome.longest}, or shorten the {noun}")
+                                     f"and {what}", f"use --max-length {outcome.longest}, or {shorter}")
         return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}",
-                       f"use --max-length {outcome.longest} or --on-long split, or shorten the {noun}")
+                       f"use --max-length {outcome.longest} or --on-long split, or {shorter}")
 
     def _prompt(self, example: PreparedRow) -> int:
         """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split.

@@ -92,6 +92,7 @@ def test_only_those_of_rows_that_are_used_stay(learn):
     assert kept() == {name_of(Path("a.png").read_bytes())}
     assert [record["row"]["messages"][0]["content"][0] for record in read("rejected")] == [
         {"type": "image", "path": "long.png"}, {"type": "image", "path": "bad.png"}], "rows are kept as they were"
+    assert read("rejected")[0]["fix"].endswith("or shorten the conversation, or make its pictures smaller or fewer")
     assert [record["row"] for record in read("duplicates")] == [prepared_row(*kept())]
     write_rows(Path("rows.jsonl"), rows(4))
     learn("rows.jsonl")
