@@ -14,6 +14,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,6 +25,8 @@ from gemma_tune.encoding.eye import PICTURES, opened, texts_around
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _HINT = "name a PNG, JPEG, WebP, GIF, BMP or TIFF file"
+_KEPT = 8  # pictures that stay as they are sent to servers: each turn shows those before it again, and a photo takes a
+# second to write
 Picture = dict[str, Any]
 
 
@@ -179,8 +182,13 @@ def as_row(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_png(picture: Picture) -> bytes:
     """A picture as every server reads it, with the pixels that models are shown."""
+    return _as_png(picture["file"], picture["lies_at"])
+
+
+@lru_cache(_KEPT)
+def _as_png(name: str, lies_at: str) -> bytes:
     import io
 
     file = io.BytesIO()
-    opened(Path(picture["lies_at"])).save(file, "PNG")
+    opened(Path(lies_at)).save(file, "PNG", compress_level=1)  # a server that is near takes a larger file sooner
     return file.getvalue()
