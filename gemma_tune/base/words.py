@@ -160,6 +160,11 @@ def size_text(size: float) -> str:
     return f"{size / 1e6:,.0f} MB" if size < 1e9 else gigabytes(size)
 
 
+def small_size(size: int) -> str:
+    """As :func:`size_text`, with kB for what is less than a megabyte."""
+    return f"{max(1, round(size / 1000))} kB" if 0 < size < 1_000_000 else "0" if not size else size_text(size)
+
+
 def gigabytes(size: float) -> str:
     """The same for sizes that are to be compared with others in their sentence, and so stand in the same unit."""
     return f"{size / 1e9:,.2f} GB"

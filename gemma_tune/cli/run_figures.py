@@ -118,8 +118,3 @@ def disk_usage(folder: Path) -> int:
                 total += disk_usage(Path(entry.path)) if entry.is_dir(follow_symlinks=False) else (
                     entry.stat(follow_symlinks=False).st_size)
     return total
-
-
-def small_size(size: int) -> str:
-    """As :func:`size_text`, with kB for what is less than a megabyte."""
-    return f"{max(1, round(size / 1000))} kB" if 0 < size < 1_000_000 else "0" if not size else size_text(size)

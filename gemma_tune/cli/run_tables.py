@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from gemma_tune.base.words import small_size
 from gemma_tune.cli import screen
-from gemma_tune.cli.run_figures import small_size
 from gemma_tune.cli.screen import Text
 from gemma_tune.run.directory import command
 

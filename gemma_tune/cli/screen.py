@@ -21,7 +21,7 @@ from rich.table import Table
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.secrets import redact, redacted
-from gemma_tune.base.words import is_text, json_visible, size_text, visible, without_commands
+from gemma_tune.base.words import is_text, json_visible, size_text, small_size, visible, without_commands
 from gemma_tune.cli.hints import in_run
 from gemma_tune.train import processes
 
@@ -101,7 +101,7 @@ LABELS = {
 def figure(name: str, value: Any) -> str:
     """A figure as people read it."""
     if name.endswith("bytes"):
-        return size_text(value)
+        return small_size(value) if name == "picture_bytes" else size_text(value)
     if name == "check_same_tokens":
         return f"{100 * value:.4g} %"
     if name.startswith("eval_accuracy"):

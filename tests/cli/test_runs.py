@@ -15,8 +15,9 @@ from rich.cells import cell_len
 
 from gemma_tune.base import files
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.words import small_size
 from gemma_tune.cli import screen, status
-from gemma_tune.cli.run_figures import best_so_far, disk_usage, small_size
+from gemma_tune.cli.run_figures import best_so_far, disk_usage
 from gemma_tune.cli.run_tables import show_runs
 from gemma_tune.cli.runs import age
 from gemma_tune.run.directory import RunDir
@@ -173,6 +174,7 @@ def test_an_age_has_one_unit():
 
 def test_sizes_below_a_megabyte_are_told():
     assert [small_size(n) for n in (0, 1, 1499, 12_345, 2_000_000)] == ["0", "1 kB", "1 kB", "12 kB", "2 MB"]
+    assert screen.figure("picture_bytes", 12_345) == "12 kB", "of a first trial with a few pictures"
 
 
 def test_what_no_command_helps_with_is_a_note(cli, trained, monkeypatch):

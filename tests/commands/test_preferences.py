@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemma_tune.cli.run_figures import small_size
+from gemma_tune.base.words import small_size
 from gemma_tune.cli.status import describe_run
 from gemma_tune.encoding.tokens import lengths_of, liked, open_tokens, trained_of
 from gemma_tune.train import reference

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.cli.run_figures import small_size
+from gemma_tune.base.words import small_size
 from gemma_tune.export import senses, served_sight, sight
 from gemma_tune.gguf.reader import read_gguf_metadata
 from support.command import MANIFEST_SCHEMA, QUICK, copied_run, invoke, rows, write_rows
