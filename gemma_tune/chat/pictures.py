@@ -13,6 +13,8 @@ import os
 import re
 import shlex
 import tempfile
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +42,8 @@ class Shown:
     def __init__(self, copied: bool = False):
         self._copied = copied
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._held: Counter[str] = Counter()  # copies of what rows hold, with how many rows there are that want them
+        self._lock = threading.Lock()  # rows are read in a thread of their own
 
     def picture(self, named: Path) -> Picture:
         """A picture for a turn, to stand at its beginning.
@@ -72,9 +76,28 @@ class Shown:
         except (binascii.Error, ValueError) as e:
             raise UserError(f"a picture is not written in base64: {first_line(e)}", _HINT) from e
         name = hashlib.sha256(content).hexdigest()
-        lies_at = self._kept(name, content)
-        _refuse_other(lies_at, "a picture in base64")
-        return {"file": name, "path": str(lies_at), "lies_at": str(lies_at)}
+        with self._lock:
+            lies_at = str(self._kept(name, content))
+            self._held[lies_at] += 1
+        found = {"file": name, "path": lies_at, "lies_at": lies_at}
+        try:
+            _refuse_other(Path(lies_at), "a picture in base64")
+        except UserError:
+            self.forget([{PICTURES: [found]}])
+            raise
+        return found
+
+    def forget(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Remove the copies of what an answered row held, but for those that others wait for: of a large file's rows
+        they would fill the disk."""
+        with self._lock:
+            for path in (picture["lies_at"] for picture in pictures_in(messages)):
+                if path not in self._held:  # a file of somebody's own
+                    continue
+                self._held[path] -= 1
+                if not self._held[path]:
+                    del self._held[path]
+                    Path(path).unlink()
 
     def close(self) -> None:
         """Remove the copies."""
@@ -86,7 +109,8 @@ class Shown:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="gemma-tune-")
         path = Path(self._folder.name) / name
-        path.write_bytes(content)
+        if not path.exists():
+            path.write_bytes(content)
         return path
 
 

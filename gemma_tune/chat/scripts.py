@@ -133,7 +133,7 @@ def _with_pictures(asked: Asked, shown: Shown, folder: Path) -> Asked:
     try:
         return replace(asked, messages=[shown.resolved(turn, folder) for turn in asked.messages])
     except UserError as e:
-        return replace(asked, problem=UserError(f"{asked.where}: {e.message}", e.hint))
+        return replace(asked, messages=[], problem=UserError(f"{asked.where}: {e.message}", e.hint))
 
 
 def _of_row(row: dict[str, Any], where: str) -> Asked:

@@ -212,6 +212,13 @@ def test_pictures_of_rows(folder, tmp_path):
     assert as_row(turn | {"pictures": found})["content"] == [
         {"type": "text", "text": "a"}, {"type": "image", "path": found[0]["path"]}, {"type": "text", "text": "b"},
         {"type": "image", "path": found[1]["path"]}]
+    again = album.resolved(turn, folder)["pictures"]
+    for pictures, there in ((found, True), (again, False)):
+        album.forget([turn | {"pictures": pictures}])
+        assert Path(found[1]["lies_at"]).exists() == there and (folder / "0.png").exists(), "as long as a row shows it"
+    with pytest.raises(UserError, match="is no picture"):
+        album.resolved({**turn, "pictures": [{"at": 0, "base64": "AAAA"}]}, folder)
+    assert not [*Path(found[1]["lies_at"]).parent.iterdir()]
     with pytest.raises(UserError, match="not written in base64"):
         album.resolved({**turn, "pictures": [{"at": 0, "base64": "%"}]}, folder)
     assert album.resolved({"role": "user", "content": "x"}, folder) == {"role": "user", "content": "x"}

@@ -17,6 +17,7 @@ from gemma_tune.answers.prompts import Prompt
 from gemma_tune.answers.stream import Pieces
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.chat import llama, local
+from gemma_tune.chat.pictures import Shown
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.gguf.engine import Engine
 from gemma_tune.lora.load import add_adapter
@@ -126,7 +127,9 @@ def test_questions_without_pictures_load_no_towers(cli, run, monkeypatch):
     assert result.code == 0 and result.out.strip(), result.err
 
 
-def test_rows_name_their_pictures_from_their_file_on(cli, made, run, tmp_path):
+def test_rows_name_their_pictures_from_their_file_on(cli, made, run, tmp_path, monkeypatch):
+    left, close = [], Shown.close
+    monkeypatch.setattr(Shown, "close", lambda shown: left.append([*Path(shown._folder.name).iterdir()]) or close(shown))
     place = tmp_path / "elsewhere"
     place.mkdir()
     (tmp_path / "0.png").rename(place / "first one.png")
@@ -141,7 +144,7 @@ def test_rows_name_their_pictures_from_their_file_on(cli, made, run, tmp_path):
                   "image": "first one.png"}]
     (place / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
     result = cli("chat", "--input", place / "rows.jsonl", "--json", *GREEDY)
-    assert result.code == 1
+    assert result.code == 1 and left == [[]], "what rows held went with their answers"
     found = [json.loads(line) for line in result.out.splitlines()]
     shutil.copy(place / "first one.png", "0.png")
     base = made("gemma3")[1]

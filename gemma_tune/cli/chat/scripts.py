@@ -124,7 +124,10 @@ class _Problems:
 
 def _answer(conversation: Conversation, groups: Iterable[list[Asked]], as_json: bool, problems: _Problems, *,
             one_by_one: bool = False, alone: bool = False) -> None:
+    before: Sequence[dict[str, Any]] = ()
     for asked, found, base in _found(conversation, groups, one_by_one):
+        conversation.shown.forget(before)
+        before = asked.messages
         problems.asked += 1
         problems.unread.update(asked.unread)
         try:
@@ -144,6 +147,7 @@ def _answer(conversation: Conversation, groups: Iterable[list[Asked]], as_json: 
             fields = _fields(answer, conversation.which) | ({} if alone else {"where": asked.where})
             more = {"base": _fields(base[1], base[0]) | {"answer": base[1].text}} if base else {}
             screen.result_json(fields, verbatim={**asked.echo, "answer": answer.text, **more})
+    conversation.shown.forget(before)
 
 
 def _found(conversation: Conversation, groups: Iterable[list[Asked]], one_by_one: bool
