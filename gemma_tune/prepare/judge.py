@@ -206,6 +206,8 @@ class Judge:
             judged.noticed.usual[example.usual] += 1
         if example.unread:
             judged.noticed.unread.count(example.unread)
+            if self.pictures is not None:
+                judged.noticed.pictures.pass_over(example.unread)
         if problems := self.checks.problems(example):
             raise RowError(problems)
         if example.messages is None:

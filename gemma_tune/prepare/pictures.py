@@ -26,7 +26,9 @@ from gemma_tune.data.conversations.picture_files import (
     located,
     read,
 )
+from gemma_tune.data.conversations.pictures import is_held
 from gemma_tune.data.conversations.problems import Problem, RowError, quoted
+from gemma_tune.data.conversations.unread import Unread
 from gemma_tune.data.reading.rows import Row
 from gemma_tune.encoding.eye import Eye, size_of
 
@@ -52,6 +54,7 @@ class NoticedPictures:
         tried: where they were looked for, see :func:`located`.
         moving: rows with an animated picture, or one of several pages; ``first_moving`` is where the first of them is.
         unseen: parts of divided rows that are learned without pictures that stand before them.
+        unread: rows that hold one where nobody reads any; ``first_unread`` is the column, or key, of the first of them.
     """
 
     found: int = 0
@@ -61,6 +64,14 @@ class NoticedPictures:
     moving: int = 0
     first_moving: str = ""
     unseen: int = 0
+    unread: int = 0
+    first_unread: str = ""
+
+    def pass_over(self, unread: Sequence[Unread]) -> None:
+        """Look for pictures in what is not read of a row."""
+        if held := next((one.name for one in unread if is_held(one.value)), None):
+            self.unread += 1
+            self.first_unread = self.first_unread or held
 
     def add(self, later: NoticedPictures) -> None:
         """Put together with what was noticed about later rows."""
@@ -71,6 +82,8 @@ class NoticedPictures:
         self.moving += later.moving
         self.first_moving = self.first_moving or later.first_moving
         self.unseen += later.unseen
+        self.unread += later.unread
+        self.first_unread = self.first_unread or later.first_unread
 
 
 class Pictures:

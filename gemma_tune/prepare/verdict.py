@@ -248,6 +248,10 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
         listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
     if elsewhere := _elsewhere(findings.noticed.pictures):
         listener.warn("; ".join(elsewhere))
+    if unread := findings.noticed.pictures.unread:
+        name = findings.noticed.pictures.first_unread
+        listener.warn(f"{counted(unread, 'row holds', 'rows hold')} a picture in `{name}`, which is not read: call it "
+                      f"`image`, or name it with --columns (images={name}), to have it learned")
     if unseen := findings.noticed.pictures.unseen:
         parts = counted(unseen, "part of a divided row is", "parts of divided rows are")
         listener.warn(f"{parts} learned without pictures that stand before {'it' if unseen == 1 else 'them'}: a larger "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -396,6 +397,16 @@ def test_what_is_parted_from_its_picture_is_told(learn):
     assert "2 parts of divided rows are learned without pictures that stand before them: a larger --max-length" in divided["err"]
     for how in (("--max-length", 80, "--on-long", "truncate"), ("--on-long", "split")):
         assert "without pictures" not in learn("rows.jsonl", *how)["err"]
+
+
+def test_a_picture_in_a_column_that_nobody_reads_is_told(learn, tiny):
+    held = {"base64": base64.b64encode(as_bytes(drawn())).decode()}
+    asked = [row | {"photo": held if n else [held], "source": "scan.png"} for n, row in enumerate(rows(4))]
+    write_rows(Path("rows.jsonl"), [*asked[:3], asked[3] | {"photo": {"base64": "", "path": "a.png"}}])
+    assert "3 rows hold a picture in `photo`, which is not read: call it `image`" in learn("rows.jsonl")["err"]
+    assert learn("rows.jsonl", "--columns", "turns=messages,images=photo", "--max-rejected", 0.3)["summary"]["picture_rows"] == 3
+    blind = invoke("prepare", "rows.jsonl", "--model", tiny, "--run", "blind")
+    assert blind.code == 0 and "hold a picture" not in blind.err, "which that model could not learn"
 
 
 def test_a_preview_shows_where_pictures_stand(learn):

@@ -160,6 +160,15 @@ def seems_one(value: Any) -> bool:
                                        value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")))
 
 
+def is_held(value: Any) -> bool:
+    """Whether a value, under any name, holds a picture itself, or is a list of such; a name of a file may be but where
+    a text comes from."""
+    if isinstance(value, list):
+        return bool(value) and all(map(is_held, value))
+    return (isinstance(value, dict) and any(holds(value.get(key)) for key in _HELD)
+            or isinstance(value, str) and value.startswith("data:image/")) and seems_one(value)
+
+
 # --- columns of rows, and keys of turns
 
 def beside(where: str, holder: Mapping[str, Any], problems: list[Problem], named: str | None = None) -> Column | None:
