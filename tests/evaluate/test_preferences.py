@@ -131,8 +131,8 @@ def test_log_probabilities_are_those_of_whole_logits(chat, talkative):
 def test_eval_compares_base_and_tuned(cli, fluent, monkeypatch, examples, names):
     monkeypatch.setattr(rows_module, "_of_run", lambda session, encoder, limit: (examples, len(examples)))
     computed = []
-    monkeypatch.setattr(compare_module, "negative_log_likelihoods", lambda model, sequences, told: computed.append(
-        [wanted.ids.tobytes() for wanted in sequences]) or negative_log_likelihoods(model, sequences, told))
+    monkeypatch.setattr(compare_module, "negative_log_likelihoods", lambda model, sequences, *more: computed.append(
+        [wanted.ids.tobytes() for wanted in sequences]) or negative_log_likelihoods(model, sequences, *more))
     result = cli("eval", "--max-new-tokens", 16, "--json", "--dtype", "fp32")
     assert result.code == 0, result.err
     summary = result.json["summary"]
