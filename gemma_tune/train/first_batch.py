@@ -196,15 +196,18 @@ class FirstBatch:
             bound = longest_compiling(before * self._longest_batches_worth())
             self.listener.note(f"compiling the model's layers, which can take some minutes ({span(bound)} at most)")
             layers.enter_context(compiled_layers(self.model))
+            self.compiled = True  # pieces with pictures go by themselves, as they will in the steps
             with at_most(bound):
                 compiling = self.probe()
             after = self.probe()
         except TookTooLong:
+            self.compiled = False
             torch._dynamo.reset()
             self.gradients.clear()
             self.listener.warn(f"--compile was not done after {span(bound)}, going on without it: more is not worth it "
                                f"for a training of about {span(before * self._longest_batches_worth())}")
         except (TorchDynamoException, InductorError, InvalidCxxCompiler) as e:
+            self.compiled = False
             self.listener.warn(f"--compile does not work here, going on without it: {first_line(e)}")
         else:
             self.compiled, sentence = worth_compiling(before, after, compiling, self._longest_batches_worth())

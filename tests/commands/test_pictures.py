@@ -207,6 +207,20 @@ def test_with_the_text_model_in_4_bits_it_sees_as_without(cli, coloured):
     assert len(found[0]) == PICTURES and equal(*found)
 
 
+def test_nothing_is_compiled_for_pieces_with_pictures(cli, coloured, monkeypatch):
+    """The longest batch, which is tried, is one of these."""
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    counts = dynamo.utils.counters["frames"]
+    counts.clear()
+    names = [path.name for path in sorted((RUN / "data" / "pictures").iterdir())]
+    prepare(Path("seer"), RUN, [row(c, n) for c, n in zip([*COLOURS] * 3, names)], [row("red", names[0])])
+    done = cli("train", *SHORT, "--compile")
+    assert done.code == 0, done.err
+    assert "compiling the model's layers" in done.err and not counts["total"]
+
+
 def test_pieces_of_a_batch_teach_the_same(cli, coloured):
     assert cli("train", *SHORT, "--micro-batch", 4).code == 0
     whole = adapter()
