@@ -87,8 +87,8 @@ def _quoted(text: str) -> list[str]:
 
 def _with_pictures(session: Session, turn: Mapping[str, Any]) -> str:
     """A turn's text below its pictures, which lie in the run as the report does."""
-    folder = session.run.relative(session.run.pictures)
-    pictures = [f"![{name}]({folder}/{name})" for name in pictures_of([turn])]
+    places = [session.run.pictures / name for name in pictures_of([turn])]
+    pictures = [f"![{place.name}]({session.run.relative(place)})" for place in places]
     return "\n\n".join([*pictures, *filter(None, [shown(turn)])])
 
 

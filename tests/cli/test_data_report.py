@@ -154,3 +154,12 @@ def test_lines_are_not_rewrapped(screen):
     out = screen(terminal=True, color_system=None)
     console_data.preview([[(text, False)]])
     assert text in written(out)
+
+
+def test_answers_side_by_side_are_headed_by_the_question_and_its_pictures(screen):
+    out = screen()
+    question = {"role": "user", "content": "What is [it]?", "pictures": [{"at": 0, "file": f"pictures/{'a' * 64}.png"}]}
+    answer = {"base": "A cat.", "base_ended": True, "tuned": "A dog.", "tuned_ended": False}
+    console.comparison([answer | {"prompt": [question]}, answer | {"prompt": [{"role": "user", "content": "Why?"}]}])
+    text = written(out)
+    assert "What is [it]? (aaaaaaaa….png) ─" in text and " Why? ─" in text and "A dog. …(cut off)" in text

@@ -491,9 +491,9 @@ def test_tool_conversations_and_texts_from_prepare_to_the_report(cli, talkative,
 
     asked = []
 
-    def answers(model, chat, encoded, most):
+    def answers(model, chat, encoded, most, **shown):
         asked.append(encoded)
-        return greedy_continuations(model, chat, encoded, most)
+        return greedy_continuations(model, chat, encoded, most, **shown)
 
     monkeypatch.setattr(module, "greedy_continuations", answers)
     model = Path(shutil.copytree(talkative, tmp_path / "tools"))
