@@ -37,6 +37,7 @@ CHECK = f"check the path; `gemma-tune prepare --help` shows an example{shell.COM
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
            "test": ("test", "testing", "eval", "evaluation")}
 _NAMED = 5  # files that a message names
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, held_out: bool = False) -> list[Path]:
@@ -54,7 +55,8 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
     data = data_among(there, how)
     if not data:
         raise UserError(f"{folder} is a directory without data files ({', '.join(KINDS)})",
-                        AS_TEXT if any(map(is_text, there)) else "name the files, or another directory")
+                        AS_TEXT if any(map(is_text, there)) else _about_pictures(folder, there)
+                        or "name the files, or another directory")
     config = configuration(folder, data)
     splits = {path: _split(Path(config.splits[path]) if config else path.relative_to(folder))
               for path in (config.splits if config else data)}
@@ -71,6 +73,14 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
     elif others:
         listener.note(f"{folder}: not validated with: {_named(folder, others)}")
     return taken
+
+
+def _about_pictures(folder: Path, there: Sequence[Path]) -> str | None:
+    """What to write beside pictures, where that is all there is."""
+    found = next((path for path in there if path.suffix.lower() in _PICTURES), None)
+    row = found and {"file_name": found.relative_to(folder).as_posix(), "question": "…", "answer": "…"}
+    return row and (f"write what is asked about its pictures into {folder / 'metadata.jsonl'}, a line each: "
+                    f"{json.dumps(row, ensure_ascii=False)}")
 
 
 def _named(folder: Path, paths: Sequence[Path]) -> str:

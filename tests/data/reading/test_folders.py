@@ -436,3 +436,14 @@ def test_a_readme_that_names_itself_a_million_times_takes_no_time(tmp_path, monk
     touch("d/README.md", text=f"---\n{lists}\nconfigs:\n- config_name: *l6\n  data_files:\n  - split: *l6\n    path: a.jsonl\n---\n")
     said = Said()
     assert found("d", said=said) == ["d/a.jsonl"] and all(len(text) < 200 for text in (*said.notes, *said.warnings))
+
+
+def test_of_pictures_alone_it_is_told_where_questions_about_them_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/a/1.JPG", "photos/b.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    error = refused("photos")
+    row = '{"file_name": "a/1.JPG", "question": "…", "answer": "…"}'
+    assert error.message.startswith("photos is a directory without data files")
+    assert error.hint == f"write what is asked about its pictures into {Path('photos/metadata.jsonl')}, a line each: {row}"
