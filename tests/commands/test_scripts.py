@@ -232,12 +232,13 @@ def test_an_answer_cannot_command_the_terminal_and_is_left_alone_elsewhere(monke
 @pytest.mark.parametrize("as_json", [True, False])
 def test_an_answer_goes_through_there_and_stands_in_json_as_it_is(monkeypatch, as_json):
     from gemma_tune.answers.generation import Answer
+    from gemma_tune.chat.pictures import Shown
     from gemma_tune.cli.chat import scripts
 
     secret = f"{ESCAPE} hf_{'a1' * 10}"
     voice = SimpleNamespace(batch=lambda asked, config: [Answer(secret, 3, True) for _ in asked], which="m")
     conversation = SimpleNamespace(voice=voice, which="m", config=SimpleNamespace(seed=None), system=None,
-                                   comparing=False)
+                                   comparing=False, shown=Shown())
     stdout = io.StringIO()
     monkeypatch.setattr(stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stdout", stdout)
