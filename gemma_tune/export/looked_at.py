@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 from collections.abc import Collection
 from dataclasses import replace
@@ -16,7 +15,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
-from gemma_tune.encoding.eye import PICTURES, opened, pictures_of, with_parts
+from gemma_tune.encoding.eye import PICTURES, pictures_of, png_of, with_parts
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.parity import ANSWER_TOKENS, leading
 from gemma_tune.export.sight import CONTEXT, UNCHECKED, Sight
@@ -72,16 +71,9 @@ def _question(session: Session, chat: ChatFormat) -> tuple[Turns, list[bytes]] |
                 # The data was prepared again, for another template; or pictures are gone or damaged.
                 with contextlib.suppress(FormatError, OSError):
                     if len(chat.prompt_ids(prompt.messages)) + ANSWER_TOKENS <= CONTEXT:
-                        return prompt.messages, [_as_png(session.run.pictures / name)
+                        return prompt.messages, [png_of(session.run.pictures / name)
                                                  for name in pictures_of(prompt.messages)]
     return None
-
-
-def _as_png(path: Path) -> bytes:
-    """A picture as the training saw it: llama.cpp turns none and does not read each kind of file."""
-    written = io.BytesIO()
-    opened(path).save(written, "PNG")
-    return written.getvalue()
 
 
 def _likeliest(model: Any, chat: ChatFormat, turns: Turns, answer: Completion) -> list[int]:

@@ -16,16 +16,10 @@ from gemma_tune.encoding.tokens import open_tokens
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from support.command import write_rows
-from support.models import make_seeing
 from support.shown import COLOURS, plain
 
 RUN = Path("runs/seer")
 FLAGS = ("--dtype", "fp32", "--rank", 8, "--learning-rate", 5e-3, "--epochs", 6, "--samples", 0, "--batch-size", 4)
-
-
-@pytest.fixture(scope="session")
-def seer(tmp_path_factory) -> Path:
-    return make_seeing(tmp_path_factory.mktemp("seer") / "seer")
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from gemma_tune.train import looking, samples, stage
 from gemma_tune.train.trainer import GemmaTrainer
 from support.command import MANIFEST_SCHEMA
 from support.graphs import Graph
-from support.models import make_seeing
 from support.seeing import Looking
 from support.shown import COLOURS, begun, kept, plain, prepare, row
 from support.towers import make_seer
@@ -35,12 +34,6 @@ QUICK = ("--dtype", "fp32", "--rank", 8, "--learning-rate", 5e-3, "--samples", 0
 SHORT = (*QUICK, "--epochs", 2)
 LAST = 14  # steps of the short training
 PICTURES = 28
-
-
-@pytest.fixture(scope="session")
-def seer(tmp_path_factory) -> Path:
-    """A random Gemma 3 that sees."""
-    return make_seeing(tmp_path_factory.mktemp("seer") / "seer")
 
 
 @pytest.fixture(scope="session")

@@ -17,16 +17,11 @@ from gemma_tune.encoding.eye import blindness, eye_of, opened, size_of, texts_ar
 from gemma_tune.encoding.labels import FormatError
 from gemma_tune.encoding.sequences import Encoder
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
-from support.models import make_model, make_seeing
+from support.models import make_model
 from support.towers import make_seer
 
 WORDS = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
 SHOWN = "<start_of_image>" + 4 * "<image_soft_token>" + "<end_of_image>"
-
-
-@pytest.fixture(scope="session")
-def seeing(tmp_path_factory) -> Path:
-    return make_seeing(tmp_path_factory.mktemp("eye") / "seeing")
 
 
 @pytest.fixture
@@ -37,8 +32,8 @@ def pictures(tmp_path) -> Path:
 
 
 @pytest.fixture
-def chat(seeing, pictures):
-    chat = load_format(seeing, "gemma3")
+def chat(seer, pictures):
+    chat = load_format(seer, "gemma3")
     chat.eye.folder = pictures
     return chat
 
@@ -83,9 +78,9 @@ def test_what_is_cut_off_takes_its_pictures_along(chat):
     ("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text if p.text else '' if p is string else '<start_of_image>' * 2 }}{% endfor %}{% endif %}<end_of_turn>{% endfor %}",
      "writes 2 places for 1 picture"),
 ])
-def test_a_template_that_does_not_show_it(seeing, pictures, tmp_path, template, says):
+def test_a_template_that_does_not_show_it(seer, pictures, tmp_path, template, says):
     (tmp_path / "t.jinja").write_text(template)
-    chat = load_format(seeing, "gemma3", template=tmp_path / "t.jinja")
+    chat = load_format(seer, "gemma3", template=tmp_path / "t.jinja")
     chat.eye.folder = pictures
     [found] = chat.encode_many([([user("a", (0, 0)), ANSWER], None)])
     assert isinstance(found, FormatError) and says in str(found)
@@ -100,10 +95,10 @@ def test_a_model_that_does_not_see(tmp_path):
         chat.prompt_ids([user("a", (0, 0))])
 
 
-def test_why_nothing_is_learned_from_pictures(seeing, tmp_path):
+def test_why_nothing_is_learned_from_pictures(seer, tmp_path):
     import shutil
 
-    tokenizer, folder = load_tokenizer(seeing), shutil.copytree(seeing, tmp_path / "copy")
+    tokenizer, folder = load_tokenizer(seer), shutil.copytree(seer, tmp_path / "copy")
     assert blindness(folder, tokenizer) == ""
     config = json.loads((folder / "config.json").read_text())
     for changes, why in (({"image_token_index": 10 ** 6}, "no token for pictures"), ({"model_type": "gemma3n"}, "kind (gemma3n)"),
