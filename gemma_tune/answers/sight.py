@@ -111,14 +111,14 @@ class Seen:
         folder: of all features; those that depend on other weights or settings lie in another folder inside.
         eye: what the pictures are prepared with.
         model: fingerprint of the checkpoint.
-        dtype: what is computed in, such as ``bfloat16``.
+        dtype: what is computed in, such as ``torch.bfloat16``.
     """
 
-    def __init__(self, folder: Path, eye: Eye, model: str, dtype: str):
+    def __init__(self, folder: Path, eye: Eye, model: str, dtype: Any):
         settings = [(eye.checkpoint / name).read_text(encoding="utf-8") for name in PROCESSORS
                     if (eye.checkpoint / name).exists()]
         version = library_versions()["transformers"]  # which can prepare pictures otherwise
-        key = hashlib.sha256(json.dumps([model, dtype, version, *settings]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([model, f"{dtype}", version, *settings]).encode()).hexdigest()[:16]
         self.eye, self.root, self.folder = eye, folder, folder / key
 
     def lacks(self, names: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> t
     checkpoint, placement = session.model.path, choose_placement(session.config.dtype)
     if eye is None or not names:
         return load_model(checkpoint, placement), None
-    seen = Seen(session.run.seen, eye, session.model.fingerprint, f"{placement.dtype}".removeprefix("torch."))
+    seen = Seen(session.run.seen, eye, session.model.fingerprint, placement.dtype)
     if lacking := seen.lacks(names):
         try:
             seen.look(load_towers(checkpoint, placement), lacking,

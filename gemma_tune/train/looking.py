@@ -10,7 +10,7 @@ import gc
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def shown_in(session: Session, chat: ChatFormat, rows: tuple[Any, Any], placemen
         raise UserError(f"the prepared rows have pictures, and {blindness(model.path, chat.tokenizer)}",
                         f"prepare them again: {_again(run)}")
     chat.eye.folder = run.pictures
-    seen = Seen(run.seen, chat.eye, model.fingerprint, f"{placement.dtype}".removeprefix("torch."))
+    seen = Seen(run.seen, chat.eye, model.fingerprint, placement.dtype)
     return Shown(names, (pictured(rows[0]), pictured(rows[1])), chat.eye, seen, run)
 
 
@@ -151,6 +151,7 @@ def _unreadable(run: RunDir, path: Path, error: OSError) -> UserError:
                      f"prepare them again, where their pictures are: {_again(run)}")
 
 
+@cache
 def tower_bytes(checkpoint: Path, item: int) -> int:
     """What a model sees with takes so many bytes, with numbers of ``item`` bytes; the weights need not be there."""
     import torch
