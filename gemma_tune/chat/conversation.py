@@ -14,13 +14,14 @@ from gemma_tune.answers.stream import Streaming
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near
 from gemma_tune.chat.ahead import Ahead
-from gemma_tune.chat.pictures import Picture, Shown, as_row
+from gemma_tune.chat.pictures import Shown, as_row
 from gemma_tune.chat.preferences import Opinion, is_broken, is_cut
 from gemma_tune.chat.saves import Saves
 from gemma_tune.chat.voice import Voice
 from gemma_tune.chat.voices import Voices
 from gemma_tune.config.settings import converted, types_of
 from gemma_tune.config.stages import ChatConfig, SamplingConfig
+from gemma_tune.data.conversations.pictures import Picture
 from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.run.session import Session
 from gemma_tune.run.state import keep_stamps

@@ -15,11 +15,12 @@ from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.checkpoint import context_length, generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import exported, without_gguf
-from gemma_tune.chat.pictures import as_png, pictures_in
+from gemma_tune.chat.pictures import as_png
 from gemma_tune.chat.voice import one_after_another, sampling_of
 from gemma_tune.config.stages import ChatConfig
+from gemma_tune.data.conversations.pictures import pictures_in
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.eye import PICTURES, with_parts
+from gemma_tune.encoding.eye import with_parts
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.gguf.engine import Engine, engine_name
 from gemma_tune.run.directory import command
@@ -63,9 +64,8 @@ class LlamaTalk(Streaming):
     """An answer of llama.cpp to a conversation with pictures, whose prompt it makes itself."""
 
     def __init__(self, engine: Engine, chat: ChatFormat, messages: Any, limit: int, settings: dict[str, Any]):
-        turns = [with_parts(turn) if turn.get(PICTURES) else turn for turn in messages]
         self._engine, self._limit, self._settings = engine, limit, settings
-        self._asked = [{"role": turn["role"], "content": turn["content"]} for turn in turns], [
+        self._asked = [{"role": turn["role"], "content": turn["content"]} for turn in map(with_parts, messages)], [
             as_png(picture) for picture in pictures_in(messages)]
         self._tokens = 0
         super().__init__(Pieces(chat), None)

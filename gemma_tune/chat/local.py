@@ -22,9 +22,9 @@ from gemma_tune.answers.stream import Stream
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.machine import is_out_of_memory, no_memory
 from gemma_tune.base.words import first_line
-from gemma_tune.chat.pictures import pictures_in
 from gemma_tune.chat.voice import sampling_of
 from gemma_tune.config.stages import ChatConfig
+from gemma_tune.data.conversations.pictures import pictures_in
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import blindness, eye_of, pictures_of
 from gemma_tune.encoding.tokenizer import load_format

@@ -15,7 +15,7 @@ import shlex
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from urllib.parse import unquote
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import first_line
-from gemma_tune.encoding.eye import PICTURES, opened, png_of, texts_around
+from gemma_tune.data.conversations.pictures import Picture, pictures_in
+from gemma_tune.encoding.eye import PICTURES, opened, png_of, with_parts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _HINT = "name a PNG, JPEG, WebP, GIF, BMP or TIFF file"
 _KEPT = 8  # pictures that stay as they are sent to servers: each turn shows those before it again, and a photo takes a
 # second to write
-Picture = dict[str, Any]
 
 
 class Shown:
@@ -186,22 +186,9 @@ def _from_uri(text: str) -> str:
     return unquote(re.sub(r"^file://(localhost)?", "", text)) if text.startswith("file://") else text
 
 
-def pictures_in(messages: Sequence[Mapping[str, Any]]) -> Iterator[Picture]:
-    """Pictures of a conversation, in order."""
-    for turn in messages:
-        yield from turn.get(PICTURES, ())
-
-
 def as_row(turn: Mapping[str, Any]) -> dict[str, Any]:
     """A turn as ``prepare`` reads it: with the paths of its pictures, as they were named."""
-    if not turn.get(PICTURES):
-        return dict(turn)
-    before, *others = texts_around(turn)
-    parts = [{"type": "text", "text": before}] if before else []
-    for picture, text in zip(turn[PICTURES], others):
-        parts.append({"type": "image", "path": picture["path"]})
-        parts += [{"type": "text", "text": text}] if text else []
-    return {key: value for key, value in turn.items() if key != PICTURES} | {"content": parts}
+    return dict(with_parts(turn, "path"))
 
 
 def as_png(picture: Picture) -> bytes:

@@ -11,9 +11,10 @@ from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.stream import Pieces, Streaming
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import figures_of
-from gemma_tune.chat.pictures import as_png, pictures_in
+from gemma_tune.chat.pictures import as_png
 from gemma_tune.chat.voice import one_after_another
 from gemma_tune.config.stages import ChatConfig
+from gemma_tune.data.conversations.pictures import pictures_in
 from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.encoding.thinking import choice_in
 from gemma_tune.ollama.ask import capabilities

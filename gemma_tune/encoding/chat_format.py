@@ -405,7 +405,7 @@ class ChatFormat:
         """Render turns that :meth:`_for_template` has made, as ``apply_chat_template`` does but for its copies."""
         if not turns:
             raise FormatError("the chat template refuses it: nothing stands before the assistant's turn")
-        turns = [with_parts(turn) if PICTURES in turn else turn for turn in turns]
+        turns = [*map(with_parts, turns)]
         try:
             return self._compiled.render(messages=turns, tools=tools or None, add_generation_prompt=prompt,
                                          **self._variables)

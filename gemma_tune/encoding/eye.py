@@ -65,6 +65,22 @@ def _of_mistral(tokens: _Tokens, inputs: Mapping[str, Any], config: Mapping[str,
     return "".join(rows).removesuffix(tokens.end_of_row) + tokens.behind
 
 
+def _alike(eye: Eye, size: tuple[int, int]) -> dict[str, Any]:
+    return {}
+
+
+def _patches(eye: Eye, size: tuple[int, int]) -> dict[str, Any]:
+    """Such pictures can be large: a photograph takes seconds to be prepared."""
+    width, height = size
+    return {"patches": eye.processor.get_number_of_image_patches(height, width)}
+
+
+def _empty_one(eye: Eye, size: tuple[int, int]) -> dict[str, Any]:
+    from PIL import Image
+
+    return eye.prepared(Image.new("RGB", size), "np")
+
+
 @dataclass(frozen=True)
 class _Family:
     """How a family writes a picture.
@@ -75,6 +91,8 @@ class _Family:
         written: what takes the place's place.
         marks: the input that says which tokens are a picture's.
         names: texts of tokens that config.json does not have.
+        measured: what the tokens of a picture depend on, by its size in pixels.
+        settings: of the processor, beside its own.
     """
 
     place: str
@@ -84,15 +102,18 @@ class _Family:
     before: str | None = None
     behind: str | None = None
     names: tuple[tuple[str, str], ...] = ()
+    measured: Callable[[Eye, tuple[int, int]], dict[str, Any]] = _empty_one
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 # Ids where config.json leaves them out, as transformers has them.
 _USUAL = {"gemma3": {"image_token_index": 262_144, "boi_token_index": 255_999, "eoi_token_index": 256_000},
           "gemma4": {"image_token_id": 258_880, "boi_token_id": 255_999, "eoi_token_id": 258_882}}
-_QWEN = _Family("soft", "image_token_id", _of_qwen, "mm_token_type_ids")
+_QWEN = _Family("soft", "image_token_id", _of_qwen, "mm_token_type_ids", measured=_patches)
 _FAMILIES = {
-    "gemma3": _Family("before", "image_token_index", _of_gemma3, "token_type_ids", "boi_token_index",
-                      "eoi_token_index"),
+    "gemma3": _Family(
+        "before", "image_token_index", _of_gemma3, "token_type_ids", "boi_token_index", "eoi_token_index",
+        measured=_alike, settings=(("do_pan_and_scan", False),)),  # llama.cpp makes no pieces beside the whole
     "gemma4": _Family("soft", "image_token_id", _of_gemma4, "mm_token_type_ids", "boi_token_id", "eoi_token_id"),
     "mistral3": _Family("soft", "image_token_index", _of_mistral, None,
                         names=(("behind", "[IMG_END]"), ("end_of_row", "[IMG_BREAK]"))),
@@ -157,9 +178,7 @@ class Eye:
 
     def prepared(self, picture: Image, kind: str | None = None) -> dict[str, Any]:
         """What the processor makes of a picture, as lists or tensors ("pt")."""
-        # Pieces of a picture beside the whole are nothing that llama.cpp makes.
-        whole = {"do_pan_and_scan": False} if self._family.written is _of_gemma3 else {}
-        return dict(self.processor(images=[picture], return_tensors=kind, **whole))
+        return dict(self.processor(images=[picture], return_tensors=kind, **dict(self._family.settings)))
 
     def written(self, size: tuple[int, int]) -> str:
         """The tokens of a picture, as text.
@@ -170,19 +189,8 @@ class Eye:
         if size not in self._written:
             if len(self._written) > _SIZES:
                 self._written.clear()
-            self._written[size] = self._family.written(self.tokens, self._measured(size), self.config)
+            self._written[size] = self._family.written(self.tokens, self._family.measured(self, size), self.config)
         return self._written[size]
-
-    def _measured(self, size: tuple[int, int]) -> dict[str, Any]:
-        """What the tokens of a picture depend on, where these are not alike for all sizes."""
-        from PIL import Image
-
-        if self._family.written is _of_gemma3:
-            return {}
-        if self._family.written is _of_qwen:  # whose pictures can be large: a photograph takes seconds to be prepared
-            width, height = size
-            return {"patches": self.processor.get_number_of_image_patches(height, width)}
-        return self.prepared(Image.new("RGB", size), "np")
 
     def parts(self, name: str) -> int:
         """How many tokens stand for parts of a picture."""
@@ -354,12 +362,19 @@ def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     return [Path(picture["file"]).name for message in messages if PICTURES in message for picture in message[PICTURES]]
 
 
-def with_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn as templates take it that show pictures: its content as a list of texts and places."""
+def with_parts(turn: Mapping[str, Any], *told: str) -> Mapping[str, Any]:
+    """A turn as templates take it that show pictures: its content as a list of texts and places; one without any as it
+    is.
+
+    Args:
+        told: keys of pictures that their places have as well.
+    """
+    if not turn.get(PICTURES):
+        return turn
     before, *others = texts_around(turn)
     parts: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
-    for text in others:
-        parts.append({"type": "image"})
+    for picture, text in zip(turn[PICTURES], others, strict=True):
+        parts.append({"type": "image"} | {key: picture[key] for key in told})
         if text:
             parts.append({"type": "text", "text": text})
     return {key: value for key, value in turn.items() if key != PICTURES} | {"content": parts}

@@ -15,7 +15,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import counted
 from gemma_tune.encoding.chat_format import ChatFormat, FormatError
-from gemma_tune.encoding.eye import PICTURES, pictures_of, png_of, with_parts
+from gemma_tune.encoding.eye import pictures_of, png_of, with_parts
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.parity import ANSWER_TOKENS, leading
 from gemma_tune.export.sight import CONTEXT, UNCHECKED, Sight
@@ -50,8 +50,7 @@ def asked_about_a_row(session: Session, source: ExportSource, sight: Sight, gguf
     gguf = min(ggufs, key=lambda path: path.stat().st_size)
     try:
         with Engine(gguf, CONTEXT, projector=sight.lies_at) as engine:
-            answer = engine.complete_seen([with_parts(turn) if PICTURES in turn else turn for turn in turns],
-                                          pictures, ANSWER_TOKENS)
+            answer = engine.complete_seen([*map(with_parts, turns)], pictures, ANSWER_TOKENS)
         own = _likeliest(load_model(source.merged, placement, sight="towers").eval(), source.chat, turns, answer)
     except UserError as e:
         return replace(sight, unchecked=f"{UNCHECKED}answers to a row with some: {e.message}")

@@ -13,10 +13,11 @@ from rich.table import Table
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, near, nearest
 from gemma_tune.chat.conversation import CHANGEABLE, Conversation
-from gemma_tune.chat.pictures import paths_in, pictures_in
+from gemma_tune.chat.pictures import paths_in
 from gemma_tune.chat.transcript import export
 from gemma_tune.cli import console, screen
 from gemma_tune.cli.chat.say import say, say_place
+from gemma_tune.data.conversations.pictures import pictures_in
 
 ON_OFF = {"on": True, "off": False}
 
