@@ -70,8 +70,9 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, revision: o.Revision = None,
           run: o.Run = None, method: o.Method = None, beta: o.Beta = None, dpo_loss: o.DpoLoss = None,
           label_smoothing: o.LabelSmoothing = None, sft_weight: o.SftWeight = None, good_weight: o.GoodWeight = None,
-          bad_weight: o.BadWeight = None, rank: o.Rank = None, alpha: o.Alpha = None, dropout: o.Dropout = None,
-          rslora: o.RsLora = None, dora: o.Dora = None, target_modules: o.TargetModules = None,
+          bad_weight: o.BadWeight = None, full: o.Full = None, rank: o.Rank = None, alpha: o.Alpha = None,
+          dropout: o.Dropout = None, rslora: o.RsLora = None, dora: o.Dora = None,
+          target_modules: o.TargetModules = None, modules_to_save: o.ModulesToSave = None,
           learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None, accumulation: o.Accumulation = None,
           num_processes: o.NumProcesses = None, strategy: o.Strategy = None, epochs: o.Epochs = None,
           max_steps: o.MaxSteps = None, warmup: o.Warmup = None, schedule: o.Schedule = None,
@@ -83,7 +84,7 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
           from_adapter: o.FromAdapter = None, seed: o.TrainSeed = None, go_on: o.Continue = False,
           dry_run: o.DryRun = False, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
           config: o.ConfigFile = None, debug: o.Debug = False) -> None:
-    """Train a LoRA adapter on the prepared conversations, or on pairs of answers.
+    """Train a LoRA adapter, or with --full all weights, on the prepared conversations or pairs of answers.
 
     Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
     end; from pairs, to prefer the chosen answers to the rejected ones (--method). Writes the adapter in standard PEFT
@@ -109,9 +110,9 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
 @app.command(cls=Command)
 def tune(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, minutes: o.Minutes = None,
          learning_rates: o.LearningRates = None, ranks: o.Ranks = None, valid_sequences: o.ValidSequences = None,
-         method: o.Method = None, batch_size: o.BatchSize = None, epochs: o.Epochs = None, dtype: o.Dtype = None,
-         qlora: o.QLora = None, seed: o.TrainSeed = None, force: o.Force = False, quiet: o.Quiet = False,
-         json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+         method: o.Method = None, full: o.Full = None, batch_size: o.BatchSize = None, epochs: o.Epochs = None,
+         dtype: o.Dtype = None, qlora: o.QLora = None, seed: o.TrainSeed = None, force: o.Force = False,
+         quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Find the learning rate, and the rank, that suits the prepared data, before a long training.
 
     Reads what `prepare` wrote. Trains several candidates for a few steps, the better half of them for longer, and so

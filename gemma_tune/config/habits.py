@@ -11,6 +11,10 @@ _TRAIN = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "target-modules": "lora_target lora_target_modules lora_modules_to_target",
+    "modules-to-save": "modules_to_save lora_modules_to_save additional_target",
+    "full": "full_finetune full_finetuning",
+    "full for all weights; else an adapter is trained": "finetuning_type fine_tune_type use_peft use_lora lora "
+                                                        "lora_parameters train_type tuner_type",
     "dora": "use_dora", "rslora": "use_rslora",
     "learning-rate": "lr learning_rate",
     "epochs": "num_train_epochs num_epochs n_epochs epoch train_epochs",
@@ -112,9 +116,9 @@ _NOT_HERE = {
     "it is plain LoRA with one learning rate for A and B; other kinds are --dora and --rslora":
         "loraplus_lr_ratio lorap_lr_ratio pissa_init loftq_config init_weights init_lora_weights",
     "all rows that are kept aside are evaluated": "val_batches eval_batches max_eval_samples",
-    "every layer gets an adapter, and no embeddings are trained":
-        "num_layers lora_layers layers_to_transform lora_target_linear modules_to_save lora_modules_to_save "
-        "additional_target add_tokens new_special_tokens add_special_tokens special_tokens resize_vocab",
+    "every layer gets an adapter, and no token is added":
+        "num_layers lora_layers layers_to_transform lora_target_linear add_tokens new_special_tokens "
+        "add_special_tokens special_tokens resize_vocab",
     "the command says what is done": "do_train do_eval do_predict train_mode test_mode",
     "there is no smoothing of labels but that of --method dpo": "label_smoothing_factor",
     "a tracker gets the name of the run's directory": "run_name wandb_name wandb_run_id",
@@ -122,9 +126,6 @@ _NOT_HERE = {
         "flash_attn flash_attention attn_implementation attn_impl sdp_attention xformers_attention flex_attention "
         "use_liger_kernel enable_liger_kernel use_unsloth",
     "a model is divided among processes with --num-processes N --strategy fsdp": "deepspeed fsdp fsdp_config",
-    "an adapter is trained, and never the whole model":
-        "full full_finetune full_finetuning finetuning_type fine_tune_type use_peft use_lora lora lora_parameters "
-        "train_type tuner_type",
     "there is no noise on embeddings here": "neftune neftune_noise_alpha noisy_embedding_alpha",
 }
 _COMMANDS = {

@@ -50,6 +50,14 @@ class StageConfig:
         """What is wrong between settings, or in a way that a limit cannot say."""
         return []
 
+    def outdone(self, given: Collection[str], before: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Settings of before that are not kept, because of what is given now.
+
+        Args:
+            before: as :meth:`Resolved.record` wrote them.
+        """
+        return set()
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and YAML."""
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}

@@ -9,7 +9,8 @@ No heavy import: ``gemma-tune --help`` loads this module.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from gemma_tune.base import shell
@@ -20,6 +21,7 @@ from gemma_tune.config.preference import MethodConfig
 from gemma_tune.config.settings import StageConfig, option
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
+_OF_ADAPTERS = ("rank", "alpha", "dropout", "rslora", "dora", "target_modules", "modules_to_save")
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
 # Limits of what is worked through one by one, or given memory for: far beyond what anybody needs.
@@ -226,6 +228,9 @@ class TrainConfig(MethodConfig, StageConfig):
 
     section: ClassVar[str] = "train"
     group: ClassVar[str] = "advanced"
+    full: bool = option(False, "Train every weight of the text model instead of a LoRA adapter: it can learn more, and "
+                               "takes about 16 bytes of memory for each weight. For small models, or much data.",
+                        group="common")
     rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024, group="common")
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r, with --rslora by alpha / sqrt(r).",
                           least=1e-6, most=1e6)
@@ -239,6 +244,9 @@ class TrainConfig(MethodConfig, StageConfig):
     target_modules: tuple[str, ...] = option((), "Layer names to adapt, separated by commas; `all` for every linear "
                                                  "layer. `experts`, beside them or alone, for those of a mixture.",
                                              auto="every linear layer of the text model")
+    modules_to_save: tuple[str, ...] = option((), "Modules whose weights are trained as a whole beside the adapter, "
+                                                  "separated by commas, such as `embed_tokens` for a language that the "
+                                                  "model hardly knows.", auto="none")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0,
                                          auto="by model family and size", group="common")
     batch_size: int | str = option(4, "Conversations, or pairs, of a batch on one device, or `auto` for a number that "
@@ -309,6 +317,11 @@ class TrainConfig(MethodConfig, StageConfig):
         return self.batch_size * self.accumulation * self.num_processes
 
     @property
+    def whole(self) -> bool:
+        """Whether weights are trained themselves, and not LoRA's alone."""
+        return self.full or bool(self.modules_to_save)
+
+    @property
     def shards(self) -> int:
         """Parts that the base model is divided into, each with a process of its own."""
         return self.num_processes if self.strategy == "fsdp" else 1
@@ -316,8 +329,9 @@ class TrainConfig(MethodConfig, StageConfig):
     def __post_init__(self) -> None:
         if self.target_modules == ("all",):
             object.__setattr__(self, "target_modules", ())
-        if self.report_to == ("none",):
-            object.__setattr__(self, "report_to", ())
+        for name in ("report_to", "modules_to_save"):
+            if getattr(self, name) == ("none",):
+                object.__setattr__(self, name, ())
         super().__post_init__()
 
     def more_problems(self) -> list[str]:
@@ -327,12 +341,15 @@ class TrainConfig(MethodConfig, StageConfig):
             return ["target_modules: `all-linear` of PEFT is `all` here, as it is where nothing is said"]
         if "all" in self.target_modules and {*self.target_modules} - {"all", "experts"}:
             return ["target_modules: `all` stands alone, or with `experts`, or names are given"]
-        if "none" in self.report_to:
-            return ["report_to: `none` stands alone, or programs are named"]
+        for name, what in (("report_to", "programs"), ("modules_to_save", "modules")):
+            if "none" in getattr(self, name):
+                return [f"{name}: `none` stands alone, or {what} are named"]
         if isinstance(self.batch_size, str) and self.batch_size != AUTO:
             return [f"batch_size: expected a whole number or {AUTO}, found {shown(self.batch_size)}"]
         if self.micro_batch and self.batch_size != AUTO and self.micro_batch > self.batch_size:
             return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}"]
+        if problems := self._whole_problems():
+            return problems
         if "experts" in self.target_modules:
             given = [name for name in ("dora", "dropout", "compile") if getattr(self, name)]
             if given := given + ["strategy fsdp"] * (self.strategy == "fsdp"):
@@ -342,6 +359,30 @@ class TrainConfig(MethodConfig, StageConfig):
             return [f"strategy: fsdp does not go together with {name}; leave one of them out"
                     for name in ("qlora", "dora", "compile") if getattr(self, name)]
         return []
+
+    def outdone(self, given: Collection[str], before: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Whoever asks for an adapter's rank wants an adapter, and whoever wants all weights trained none; the learning
+        rate of one is ten times that of the other."""
+        full = self.full if "full" in given else None if given.isdisjoint(_OF_ADAPTERS) else False
+        if full in (None, before.get("full", {"value": False})["value"]):
+            return set()
+        return {"full", "learning_rate", "qlora", *_OF_ADAPTERS}
+
+    def _whole_problems(self) -> list[str]:
+        """Settings that do not go with weights that are trained as a whole."""
+        if self.full:
+            own = {field.name: field.default for field in fields(self)}
+            problems = [f"{name}: belongs to an adapter, and --full trains none; leave one of them out"
+                        for name in _OF_ADAPTERS if getattr(self, name) != own[name]]
+        else:
+            problems = [f"modules_to_save: {name} is in --target-modules, too; leave it out of one of them"
+                        for name in self.modules_to_save if name in self.target_modules]
+        if not self.whole:
+            return problems
+        name = "full" if self.full else "modules_to_save"
+        others = [word for word in ("qlora", "compile") if getattr(self, word) and (self.full or word != "qlora")]
+        return problems + [f"{name}: does not go together with {other}; leave one of them out"
+                           for other in others + ["strategy fsdp"] * (self.strategy == "fsdp")]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.experts import ASKED, adaptable, count_of, not_adapted_of, routers
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -173,24 +173,21 @@ def _taken_for_experts(model: PreTrainedModel, name: str) -> bool:
     return set(config.target_modules or ()) != {name}
 
 
-def lora_config(config: TrainConfig, chosen: Sequence[str], parameters: Sequence[str] = (), **patterns: Any,
-                ) -> LoraConfig:
-    """PEFT's settings of an adapter on the layers ``chosen`` and on ``parameters`` of experts; ``patterns`` are ranks
-    and alphas of single ones."""
-    from peft import LoraConfig
-
-    return LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
-                      use_dora=config.dora, target_modules=list(chosen),
-                      target_parameters=list(parameters) or None, task_type="CAUSAL_LM", **patterns)
-
-
 def described_adapter(config: TrainConfig) -> str:
-    """Kind, rank and scale of an adapter in a few words."""
+    """Kind, rank and scale of an adapter in a few words, or that there is none."""
+    if config.full:
+        return "full fine-tuning"
     kind = "DoRA" if config.dora else "LoRA"
     formula = "alpha / sqrt(r)" if config.rslora else "alpha / r"
     return f"{kind} of rank {config.rank}, scaled by {formula} = {config.scale:.4g}"
 
 
 def trained_weights(model: PeftModel) -> dict[str, Tensor]:
-    """What ``save_pretrained`` writes. By itself it would ask for the base model too, which may be in shards."""
+    """All that is trained, each tensor once."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def saved_weights(model: PeftModel) -> dict[str, Tensor]:
+    """What ``save_pretrained`` writes: a tensor under each of its names. By itself it would ask for the base model too,
+    which may be in shards."""
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}

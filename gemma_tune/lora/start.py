@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
 from gemma_tune.base.tensors import StoredTensor
+from gemma_tune.base.words import counted
 from gemma_tune.lora.config import CONFIG, WEIGHTS
 from gemma_tune.lora.experts import ASKED, adaptable, module_of, routers
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.layers import TOWERS, left_out, target_modules, trained_weights
 from gemma_tune.lora.names import found_among
+from gemma_tune.lora.targets import Targets, with_whole
+from gemma_tune.lora.whole import all_modules, trainable_modules
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILES = (CONFIG, WEIGHTS)
+_HEADS = ("lm_head", "embed_out")
 _MOST = 20  # problems that are listed
 
 
@@ -32,18 +36,27 @@ def digest_of(folder: Path) -> str:
 def settings_of(adapter: Adapter) -> dict[str, Any]:
     """Settings of ``train`` that say what an adapter computes, and its dropout, by the names of the options."""
     config = adapter.config
+    if not adapter.layers:
+        return {"full": True}
+    whole = tuple(sorted({module.rsplit(".", 1)[-1] for module in modules_of(adapter)}))
     return {"rank": config["r"], "alpha": float(config["lora_alpha"]),
             "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")),
             "target_modules": tuple(sorted({ASKED if lora.experts else layer.rsplit(".", 1)[-1]
                                             for layer, lora in adapter.layers.items()})),
-            "dropout": float(config["lora_dropout"])}
+            "dropout": float(config["lora_dropout"])} | ({"modules_to_save": whole} if whole else {})
+
+
+def modules_of(adapter: Adapter) -> list[str]:
+    """Names of the modules that an adapter holds as a whole; a head that is the embedding goes by that one's name."""
+    modules = [*dict.fromkeys(name.rpartition(".")[0] for name in adapter.copies)]
+    tied = adapter.config.get("ensure_weight_tying") and len(modules) > 1
+    return [module for module in modules if not (tied and module.endswith(_HEADS))]
 
 
 def untrainable(adapter: Adapter) -> Iterator[str]:
     """What an adapter holds that is not trained here."""
     yield from (f"{layer} is an embedding, whose LoRA is not trained here"
                 for layer, lora in adapter.layers.items() if lora.embedding)
-    yield from (f"{name} was trained as a whole (modules_to_save)" for name in adapter.copies)
     yield from (f"{name} came with the adapter, as of a base whose vocabulary was changed"
                 for name in adapter.base_tensors if name not in adapter.copies)
 
@@ -77,9 +90,30 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
             problems.append(f"{layer} has the shape {shape} in the base, {own} in the adapter")
         else:
             names[layer] = found
+    for module in modules_of(adapter):
+        if problem := _whole_problem(model, adapter, module, found := found_among(named, module)):
+            problems.append(problem)
+        else:
+            names[module] = found
+    if not (adapter.layers or problems) and (left := {*all_modules(model)} - {*names.values()}):
+        problems.append(f"{counted(len(left), 'module')} of the base are not among those that it trained, such as "
+                        f"{min(left)}")
     if problems:
         raise misfit(adapter, problems)
     return names
+
+
+def _whole_problem(model: PreTrainedModel, adapter: Adapter, module: str, found: str | None) -> str | None:
+    """What keeps a module that was trained as a whole from being trained further as ``found``."""
+    if found is None:
+        return f"{module} is not in the base model"
+    there = trainable_modules(model).get(found)
+    if there is None:
+        return f"{module} was trained as a whole, and is none of the modules that are here"
+    own = {name.rpartition(".")[2]: tensor.shape for name, tensor in adapter.copies.items()
+           if name.rpartition(".")[0] == module}
+    shapes = {name: tuple(p.shape) for name, p in there.named_parameters()}
+    return None if own == shapes else f"{module} has the shapes {shapes} in the base, {own} in the adapter"
 
 
 def _shape(there: Any) -> tuple[int, ...]:
@@ -87,10 +121,11 @@ def _shape(there: Any) -> tuple[int, ...]:
     return (there.out_features, there.in_features) if hasattr(there, "out_features") else tuple(there.shape)
 
 
-def apart(adapter: Adapter, names: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Sorted names of what :func:`names_in` found: of layers, and of parameters of experts."""
-    return (sorted(names[layer] for layer, lora in adapter.layers.items() if not lora.experts),
-            sorted(names[layer] for layer, lora in adapter.layers.items() if lora.experts))
+def targets_from(model: PreTrainedModel, adapter: Adapter, names: Mapping[str, str]) -> Targets:
+    """What of the model the adapter changes, as :func:`names_in` found it."""
+    return with_whole(model, sorted(names[layer] for layer, lora in adapter.layers.items() if not lora.experts),
+                      sorted(names[layer] for layer, lora in adapter.layers.items() if lora.experts),
+                      [names[module] for module in modules_of(adapter)])
 
 
 def misfit(adapter: Adapter, problems: list[str],
@@ -106,6 +141,8 @@ def patterns_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Any]:
 
     The adapter's own patterns are for the names that its layers had where it was trained.
     """
+    if not adapter.layers:
+        return {}
     settings = settings_of(adapter)
     ranks = {names[layer]: lora.rank for layer, lora in adapter.layers.items()}
     alphas = {names[layer]: lora.scale * (rank ** 0.5 if settings["rslora"] else rank)
@@ -135,6 +172,10 @@ def weights_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
             found[f"{start}.lora_B.default.weight"] = read(lora.b)
             if lora.magnitude:
                 found[f"{start}.lora_magnitude_vector.default.weight"] = read(lora.magnitude)
+        for name, stored in adapter.copies.items():
+            module, _, last = name.rpartition(".")
+            if module in names:
+                found[f"base_model.model.{names[module]}.modules_to_save.default.{last}"] = read(stored)
     return found
 
 

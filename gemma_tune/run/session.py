@@ -16,7 +16,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import counted, model_name, near
-from gemma_tune.config.families import family_defaults
+from gemma_tune.config.families import family_defaults, full_defaults
 from gemma_tune.config.settings import (
     Resolved,
     StageConfig,
@@ -159,10 +159,15 @@ def _settings(stage: str, settings: Mapping[str, Any], section: Mapping[str, Any
     preferences = stage == "train" and resolved.config.method != "sft" and manifest.kind != CONVERSATIONS
     before = manifest.stages.get(stage, {"config": {}})["config"]
     given = resolved.given | {*section}  # null in a file asks for the default, and not for before
-    kept = {name: value for name, value in as_before(resolved, before).items() if name not in given}
+    outdone = resolved.config.outdone(given, before)
+    kept = {name: value for name, value in as_before(resolved, before).items() if name not in given | outdone}
     if stage != "prepare" and kept:  # its settings belong to the data, see there
         listener.note(f"settings as before: {in_words(kept)}")
         resolved = resolved.but(kept, before)
+    if stage == "train" and resolved.config.full:
+        family, reasons = full_defaults(base.config)
+        free = {name: value for name, value in family.items() if resolved.origins[name] in ("default", "family")}
+        resolved = resolved.but(free, {name: {"from": "family"} for name in free})
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family" and not preferences:  # which have defaults of their own
             listener.note(reason)

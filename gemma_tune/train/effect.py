@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_tune.encoding.eye import PICTURES
+from gemma_tune.lora.whole import copies_in
 from gemma_tune.models.placement import wide
 from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.loss import IGNORE_INDEX
@@ -48,6 +49,7 @@ class AdapterStart:
     @torch.no_grad()
     def __init__(self, model: Any):
         self._parts = {name: _copies(layer) if _factors(layer)[1].any() else None for name, layer in _layers(model)}
+        self._whole = {name: _start_of(base, module) for name, (base, module) in copies_in(model).items()}
         self._lengths = {name: length.detach().cpu().clone() for name, layer in _layers(model)
                          if (length := _length(layer)) is not None}
 
@@ -60,12 +62,33 @@ class AdapterStart:
             square += change
             if not change and not self._longer(name, layer):
                 still.append(name)
-        return Moved(len(layers), tuple(still), math.sqrt(square))
+        copies = copies_in(model)
+        for name, (base, module) in copies.items():
+            change = _squared_distance(module, self._whole.get(name) or _weights(base))
+            square += change
+            if not change:
+                still.append(name)
+        return Moved(len(layers) + len(copies), tuple(still), math.sqrt(square))
 
     def _longer(self, name: str, layer: Any) -> bool:
         """Whether the lengths that DoRA learns of the rows of a weight are others now."""
         before, now = self._lengths.get(name), _length(layer)
         return before is not None and now is not None and not torch.equal(before, now.detach().cpu())
+
+
+def _weights(module: Any) -> list[torch.Tensor]:
+    return [p.detach() for p in module.parameters(recurse=False)]
+
+
+def _start_of(base: Any, module: Any) -> list[torch.Tensor] | None:
+    """The weights of a module that is trained as a whole; None where they are the base's, which stay there."""
+    same = all(torch.equal(a, b.to(a.dtype)) for a, b in zip(_weights(base), _weights(module)))
+    return None if same else [p.cpu().clone() for p in _weights(module)]
+
+
+def _squared_distance(module: Any, before: Sequence[torch.Tensor]) -> float:
+    return sum(float(torch.linalg.vector_norm(now - was.to(now)).square())
+               for now, was in zip(_weights(module), before))
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:

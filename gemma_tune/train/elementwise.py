@@ -32,7 +32,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        """Args: x (…, d); weight (d,) in fp32 or wider, frozen."""
+        """Args: x (…, d); weight (d,) in fp32 or wider."""
         wide = x.to(weight.dtype) if x.dtype != weight.dtype else x.clone()
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         inverse = inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -46,7 +46,18 @@ class RMSNorm(torch.autograd.Function):
         inner = grad * weight
         normed = x * inverse
         along = torch.linalg.vecdot(inner, normed).unsqueeze(-1).div_(x.shape[-1])
-        return inner.addcmul_(normed, along, value=-1).mul_(inverse).to(grad.dtype), None, None
+        grad_weight = gradient_of_scale(grad, x, inverse) if ctx.needs_input_grad[1] else None
+        return inner.addcmul_(normed, along, value=-1).mul_(inverse).to(grad.dtype), grad_weight, None
+
+
+def gradient_of_scale(grad: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Of the weight of a norm (d,), in the type of ``inverse``.
+
+    Args:
+        grad, x: (…, d), of the norm's result and its input.
+        inverse: 1 / sqrt(mean(x^2) + eps), (…, 1).
+    """
+    return (grad * inverse).mul_(x).flatten(0, -2).sum(0)
 
 
 class Rotation(torch.autograd.Function):
@@ -80,19 +91,32 @@ def replace_norms(model: torch.nn.Module, undo: contextlib.ExitStack, operations
     count = 0
     for norm in model.modules():
         kind, eps = type(norm), _epsilon(norm)
-        if not kind.__name__.endswith("RMSNorm") or eps is None or norm.weight.requires_grad:
+        whole = getattr(norm, "whole", None)  # it is trained; the base's own one came before it
+        if not kind.__name__.endswith("RMSNorm") or eps is None or norm.weight.requires_grad and not whole:
             continue
         if kind not in offsets:
             offsets[kind] = _offset(norm, eps)
-        if (offset := offsets[kind]) is not None:
-            weight = unsharded(norm.weight.detach()).to(torch.promote_types(norm.weight.dtype, torch.float32)) + offset
-            set_until(undo, norm, "forward", partial(_normed, operations, weight=weight, eps=eps))
-            count += 1
+        if (offset := offsets[kind]) is None:
+            continue
+        weight = partial(_weight, whole, offset) if whole else _constant(norm, offset)
+        set_until(undo, norm, "forward", partial(_normed, operations, weight=weight, eps=eps))
+        count += 1
     return count
 
 
-def _normed(operations: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return operations.RMSNorm.apply(x, weight, eps)
+def _constant(norm: torch.nn.Module, offset: float) -> Callable[[], torch.Tensor]:
+    """A function that gives the factors of a frozen norm (d,), in fp32 or wider."""
+    weight = unsharded(norm.weight.detach()).to(torch.promote_types(norm.weight.dtype, torch.float32)) + offset
+    return lambda: weight
+
+
+def _weight(whole: Any, offset: float) -> torch.Tensor:
+    """Those of one that is trained, see :class:`gemma_tune.train.whole.Whole`."""
+    return whole.rounded("weight").float() + offset
+
+
+def _normed(operations: Any, x: torch.Tensor, weight: Callable[[], torch.Tensor], eps: float) -> torch.Tensor:
+    return operations.RMSNorm.apply(x, weight(), eps)
 
 
 def _epsilon(norm: torch.nn.Module) -> float | None:

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from gemma_tune.train.elementwise import gradient_of_scale
+
 _VOCABULARY_BLOCK = 8192  # logits of a row at a time: 16 for each of 512 threads
 _FLAT_BLOCK = 1024  # elements per program of an activation: 8 bf16 numbers, one 16-byte read, for each of 128 threads
 
@@ -113,7 +115,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        """Args: x (…, d) in any float type; weight (d,) in fp32 or wider, frozen, the family's offset in it."""
+        """Args: x (…, d) in any float type; weight (d,) in fp32 or wider, the family's offset in it."""
         rows = _four(x)
         out = torch.empty_like(rows)
         _, n1, n2, width = rows.shape
@@ -133,7 +135,10 @@ class RMSNorm(torch.autograd.Function):
         _, n1, n2, width = rows.shape
         _launch(_norm_backward, rows, weight, inverse, above, out, len(inverse), width, n1, n2, *rows.stride()[:3],
                 *above.stride()[:3], *out.stride()[:3], WIDE=_wide(x), **_tile(len(inverse), width))
-        return out.view(x.shape), None, None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = gradient_of_scale(grad, x, inverse.view(*x.shape[:-1], 1))
+        return out.view(x.shape), grad_weight, None
 
 
 # ---- rotary embedding ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.config.settings import as_flags, in_words, said_by, same_result
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.lora.files import read_adapter
-from gemma_tune.lora.start import digest_of, weights_of
+from gemma_tune.lora.start import digest_of, modules_of, weights_of
 from gemma_tune.models.placement import Placement, choose_placement
 from gemma_tune.run.directory import command
 from gemma_tune.run.manifest import Manifest
@@ -363,4 +363,5 @@ def keep_what_is_best(session: Session, training: Training, best: Best) -> None:
             _shift(summary) != training.steps_before):
         return
     adapter = read_adapter(session.run.adapter)
-    best.keep(step - training.steps_before, loss, weights_of(adapter, {layer: layer for layer in adapter.layers}))
+    own = (*adapter.layers, *modules_of(adapter))
+    best.keep(step - training.steps_before, loss, weights_of(adapter, dict(zip(own, own))))

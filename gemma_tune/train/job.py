@@ -12,15 +12,17 @@ from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
 from gemma_tune.base.machine import keeping_garbage
+from gemma_tune.base.words import counted
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import load_format, quiet_libraries
 from gemma_tune.encoding.tokens import encoding_key, lengths_of, liked, open_tokens, trained_of
 from gemma_tune.lora.experts import count_of
 from gemma_tune.lora.files import read_adapter
-from gemma_tune.lora.layers import described_adapter, lora_config, not_adapted, target_modules, target_parameters
+from gemma_tune.lora.layers import described_adapter
 from gemma_tune.lora.load import import_peft
-from gemma_tune.lora.start import apart, digest_of, load_start, names_in, patterns_of, weights_of
+from gemma_tune.lora.start import digest_of, load_start, names_in, patterns_of, targets_from, weights_of
+from gemma_tune.lora.targets import Targets, lora_config, said_of_rest, targets_of
 from gemma_tune.models.placement import Placement, available, best_device
 from gemma_tune.models.quantised import in_four_bits
 from gemma_tune.models.source import BaseModel
@@ -179,14 +181,10 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
     session, config = job.session, job.session.config
     start = read_adapter(job.start) if job.start else None
     names = names_in(model, start) if start else {}
-    chosen, parameters = apart(start, names) if start else (target_modules(model, config.target_modules),
-                                                            target_parameters(model, config.target_modules))
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    places = [f"{len(chosen)} linear layers ({', '.join(leaves)})"] if chosen else []
-    places += [f"{count_of(model)} experts in each of {len({*map(_module, parameters)})} layers"] if parameters else []
-    session.listener.detail("adapter", f"{described_adapter(config)}, on {' and '.join(places)}")
+    targets = targets_from(model, start, names) if start else targets_of(model, config)
+    session.listener.detail("adapter", f"{described_adapter(config)}, {_described_places(model, targets)}")
     if not start:
-        for said in not_adapted(model, config.target_modules):
+        for said in said_of_rest(model, config):
             session.listener.note(said)
     try:
         sizes = sizes_of(train_rows, config), sizes_of(valid_rows, config)
@@ -196,7 +194,7 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
             model=model, args=arguments,
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
             processing_class=chat.tokenizer,
-            peft_config=lora_config(config, chosen, parameters, **(patterns_of(start, names) if start else {})),
+            peft_config=lora_config(config, targets, **(patterns_of(start, names) if start else {})),
             callbacks=[*callbacks], training=job.training, listener=session.listener,
             lengths=(sizes[0].lengths, sizes[1].lengths), trained=(sizes[0].trained, sizes[1].trained),
             micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config),
@@ -215,8 +213,16 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
     return trainer
 
 
-def _module(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
+def _described_places(model: Any, targets: Targets) -> str:
+    """Where adapters are, and what is trained as a whole."""
+    def leaves(names: Sequence[str]) -> str:
+        return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+
+    layers = {parameter.rpartition(".")[0] for parameter in targets.parameters}
+    places = [f"{len(targets.layers)} linear layers ({leaves(targets.layers)})"] if targets.layers else []
+    places += [f"{count_of(model)} experts in each of {len(layers)} layers"] if layers else []
+    whole = [f"{counted(len(targets.whole), 'module')} as a whole ({leaves(targets.whole)})"] if targets.whole else []
+    return ", and ".join([f"on {' and '.join(places)}"] * bool(places) + whole)
 
 
 def _kind_of_trainer(job: Job, train_rows: Any, valid_rows: Any) -> tuple[Any, dict[str, Any]]:
@@ -257,7 +263,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
         learning_rate=config.learning_rate, max_grad_norm=config.clip,
         router_aux_loss_coef=0.0,  # the loss is our own, and some models have routers in name alone
         weight_decay=config.weight_decay, seed=config.seed, data_seed=config.seed,
-        optim="adamw_torch_fused" if _steps_as_one(placement) else "adamw_torch",
+        optim="adamw_torch_fused" if _steps_as_one(placement) or config.whole else "adamw_torch",
         use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
         activation_checkpointing=choice.checkpointing,
         logging_steps=1, logging_nan_inf_filter=False,

@@ -1,4 +1,4 @@
-"""Linear cross-entropy for a frozen head, fused: loss and gradient in one pass, never the whole logits.
+"""Linear cross-entropy, fused: loss and gradient in one pass where the head is frozen, and never the whole logits.
 
 A Gemma's vocabulary has 262,144 entries, so the logits of one small batch are larger than the model. Only the
 positions that are trained need them, and because the head is frozen the gradient with respect to the hidden states can
@@ -19,12 +19,12 @@ trained is told by their targets, no size follows from it, and nothing is waited
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from gemma_tune.train.products import at_least_fp32, has_kernels, wide_product
+from gemma_tune.train.products import at_least_fp32, gradient_of, has_kernels, wide_product
 
 IGNORE_INDEX = -100
 # Rows per block: the head's matrix is read once for each.
@@ -169,6 +169,67 @@ class _Block:
         return grad.masked_fill_(self.left_out, 0)
 
 
+# ---- a head that is trained ------------------------------------------------------------------------------------------
+
+class _WithHead(torch.autograd.Function):
+    """The same with a gradient of the head: ``d loss / d W = (softmax(z) - e_y) h^T``, row by row of the vocabulary.
+
+    For that the sum over the vocabulary has to be known first, so logits are made once in each pass, a chunk at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, trained, weight, targets, softcap, scale):
+        """Args: as of :func:`rows_cross_entropy`; weight is ``trained``, rounded to the type of ``hidden``."""
+        labels = targets.unsqueeze(1)
+        spread = torch.full(labels.shape, -torch.inf, dtype=at_least_fp32(hidden.dtype), device=hidden.device)
+        own = torch.zeros_like(spread)
+        for start, _, logits in _chunks_of_logits(hidden, weight, softcap, scale):
+            inside, column = _places(labels, start, logits.shape[1])
+            own += torch.where(inside, logits.gather(1, column), 0)
+            spread = torch.logaddexp(spread, logits.logsumexp(1, keepdim=True))
+        ctx.save_for_backward(hidden, labels, spread)
+        ctx.trained, ctx.weight, ctx.softcap, ctx.scale = trained, weight, softcap, scale
+        return (spread - own).masked_fill_(labels == IGNORE_INDEX, 0).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        hidden, labels, spread = ctx.saved_tensors
+        factors = (grad_output.unsqueeze(1) * ctx.scale).masked_fill(labels == IGNORE_INDEX, 0)
+        grad = torch.zeros(hidden.shape, dtype=spread.dtype, device=hidden.device)
+        to = gradient_of(ctx.trained)
+        for start, part, logits in _chunks_of_logits(hidden, ctx.weight, ctx.softcap, ctx.scale):
+            inside, column = _places(labels, start, len(part))
+            slope = 1 - (logits / ctx.softcap).square_() if ctx.softcap else None
+            share = logits.sub_(spread).exp_()
+            share.scatter_add_(1, column, torch.where(inside, -1.0, 0.0).to(share.dtype))
+            share = (share if slope is None else share.mul_(slope)).mul_(factors).to(hidden.dtype)
+            grad += wide_product(share, part)
+            to[start:start + len(part)] += wide_product(share.t(), hidden)
+        # A row that only fills up may hold anything.
+        return grad.masked_fill_(labels == IGNORE_INDEX, 0).to(hidden.dtype), None, None, None, None, None
+
+
+def _chunks_of_logits(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None,
+                      scale: float) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Where a chunk of the vocabulary begins, its part of the head, and the logits (rows, chunk) in fp32 or wider."""
+    rows = max(1, len(hidden))
+    width = max(64, (CHUNK if hidden.device.type == "cpu" else LOGITS // 4) // rows)
+    for start in range(0, len(weight), width):
+        part = weight[start:start + width]
+        logits = (hidden @ part.t()).to(at_least_fp32(hidden.dtype))
+        if scale != 1.0:
+            logits *= scale
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        yield start, part, logits
+
+
+def _places(labels: torch.Tensor, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which labels (rows, 1) are in a chunk, and in which column; of the others it is any."""
+    return (labels >= start) & (labels < start + width), (labels - start).clamp(0, width - 1)
+
+
 def rows_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -176,19 +237,21 @@ def rows_cross_entropy(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    trained: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of rows that predict one token each, with a head that gets no gradient.
+    """Cross-entropy of rows that predict one token each.
 
     Which hidden states predict a trained token is the caller's to say, see ``batches.trained_positions``: no size here
     depends on the data.
 
     Args:
         hidden: last hidden states (rows, d), in the compute dtype.
-        weight: output embedding (vocabulary, d), frozen; same dtype and device as ``hidden``.
+        weight: output embedding (vocabulary, d), without a gradient; same dtype and device as ``hidden``.
         targets: (rows,) the token that each row predicts; ``IGNORE_INDEX`` for a row that only fills up: it adds
             neither loss nor gradient, whatever is in it.
         softcap: final logit soft-capping constant, in logits, or None.
         scale: factor on the raw logits before capping (1 for Gemma).
+        trained: the head whose rounded copy ``weight`` is, where that is trained; its gradient is added to what it has.
 
     Returns:
         (rows,) in fp32 (float64 for float64 inputs), in nats: minus the log-probability of each row's token. 0, with a
@@ -196,8 +259,10 @@ def rows_cross_entropy(
         step, so that accumulation over micro-batches and processes has one normaliser.
 
     Raises:
-        ValueError: if the head requires a gradient, which this function would silently drop.
+        ValueError: if ``weight`` requires a gradient, which this function would silently drop.
     """
     if weight.requires_grad:
         raise ValueError("this loss is for a frozen head; this one requires a gradient")
+    if trained is not None:
+        return _WithHead.apply(hidden, trained, weight, targets, softcap, scale)
     return _FusedLinearCrossEntropy.apply(hidden, weight, targets, softcap, scale)

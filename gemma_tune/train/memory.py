@@ -89,7 +89,8 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     - weights: every number in the compute type; with ``four_bit`` those of linear layers take 4.127 bits, and the
       largest of them is unpacked while it is used. In ``shards`` each process has its part, the whole head, and two
       layers: the one in use and the next.
-    - adapter, gradients, optimizer: fp32, and AdamW's two moments: 4 + 4 + 8 bytes for each trained number.
+    - adapter, gradients, optimizer: fp32, and AdamW's two moments: 4 + 4 + 8 bytes for each trained number. Of modules
+      that are trained as a whole there is a rounded copy as well, to compute with, and the base's own.
     - activations: what autograd keeps, measured on shapes (:attr:`ModelShape.kept`), and the holes between. With
       ``checkpointing`` the inputs of all layers (tokens x hidden size each), and what one layer keeps.
     - working: the greatest of the loss's chunk of logits, the gradients inside a linear layer, and those inside a
@@ -118,8 +119,10 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     working = max(logits, round(WORKING_LINEAR * tokens * shape.widest * shape.item),
                   WORKING_NORM * tokens * shape.hidden)
     overhead = OVERHEAD[device] + (TOKENIZER * shape.head // shape.hidden if device == "cpu" else 0)
-    return Memory(weights=weights, adapter=4 * shape.adapter, gradients=4 * shape.adapter, optimizer=8 * shape.adapter,
-                  activations=round(FRAGMENTATION * kept), working=working, overhead=overhead)
+    rounded = shape.whole * shape.item if shape.item < 4 else 0
+    return Memory(weights=weights, adapter=4 * shape.adapter + rounded, gradients=4 * shape.adapter,
+                  optimizer=8 * shape.adapter, activations=round(FRAGMENTATION * kept), working=working,
+                  overhead=overhead)
 
 
 def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.config.families import family_defaults, preference_defaults
+from gemma_tune.config.families import family_defaults, full_defaults, preference_defaults
 from gemma_tune.config.settings import in_words
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.run.directory import command
@@ -47,7 +47,7 @@ def with_method(session: Session) -> Session:
     values = {} if asked != AUTO else {"method": method}
     reasons = [f"method {method}: the data are {_ARE[kind]}"] if asked == AUTO and kind != CONVERSATIONS else []
     if method != "sft":
-        usual, why = preference_defaults(method)
+        usual, why = preference_defaults(method, session.config.full)
         free = {name: value for name, value in usual.items() if name not in session.resolved.given}
         values |= free
         reasons += [f"{in_words(free)}: {why}"] if free else []
@@ -62,7 +62,11 @@ def with_method(session: Session) -> Session:
 
 def usual_rate(session: Session, method: str) -> float:
     """The learning rate that a method has by default with this model."""
-    usual = family_defaults(session.model.config, "train") if method == "sft" else preference_defaults(method)
+    full, base = session.config.full, session.model.config
+    if method != "sft":
+        usual = preference_defaults(method, full)
+    else:
+        usual = full_defaults(base) if full else family_defaults(base, "train")
     return usual[0]["learning_rate"]
 
 

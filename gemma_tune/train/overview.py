@@ -34,7 +34,7 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: Se
         "model": f"{session.model.id}, {_rounded(shape.parameters)} parameters",
         "data": f"{data} of up to {train.lengths.max():,} tokens, {train.lengths.sum():,} in all, "
                 f"{train.trained.sum():,} learned; {len(valid) or 'none'} to validate with",
-        "adapter": f"{described_adapter(config)}, on {_layers(shape)}: {_rounded(shape.adapter)} parameters",
+        "adapter": f"{described_adapter(config)}, {_layers(shape)}: {_rounded(shape.adapter)} parameters",
         "batch": _batch(config, choice, session.resolved.origins["batch_size"] in NOT_GIVEN),
         **({} if config.method == "sft" else {"method": _method(config)}),
         "steps": described_steps(rows, config),
@@ -47,7 +47,9 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: Se
 
 def _layers(shape: ModelShape) -> str:
     places = [counted(shape.adapted, "linear layer")] * bool(shape.adapted)
-    return " and ".join(places + [f"{counted(shape.experts, 'tensor')} of experts"] * bool(shape.experts))
+    places += [f"{counted(shape.experts, 'tensor')} of experts"] * bool(shape.experts)
+    whole = [f"{counted(shape.modules, 'module')} as a whole"] * bool(shape.modules)
+    return ", and ".join([f"on {' and '.join(places)}"] * bool(places) + whole)
 
 
 def _method(config: TrainConfig) -> str:

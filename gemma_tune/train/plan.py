@@ -260,7 +260,7 @@ def _time(shape: ModelShape, placement: Placement, choice: BatchChoice, epochs: 
                 f"{tokens_per_second:,.0f} tokens/s in the last training")
     speed = product_speed(shape, placement)
     of_epoch = sum(_operations(shape, choice.checkpointing, n, longest) for n, longest in batches)
-    of_epoch += 4 * shape.head * int(train.trained.sum())
+    of_epoch += (8 if shape.head_trained else 4) * shape.head * int(train.trained.sum())
     seconds = of_epoch * (epochs + evaluated / tokens) / (speed * EFFICIENCY)
     return float(seconds), f"{EFFICIENCY:.0%} of the {speed / 1e12:.3g} TFLOP/s that a matrix product reaches here"
 
@@ -269,11 +269,12 @@ def _operations(shape: ModelShape, checkpointing: bool, rows: int, length: int) 
     """Floating-point operations of one batch, head excluded: a multiplication and an addition count as two.
 
     For each token: 2 for each number of a frozen matrix forward, 2 backward for the gradient of its input, and 2 more
-    if the forward pass is repeated; 6 for each number of the adapter, which needs its own gradient too. Attention
+    if the forward pass is repeated; 6 for each number of the adapter, which needs its own gradient too, as do
+    matrices that are trained as a whole, for 2 more; a head that is trained makes its logits twice. Attention
     multiplies two matrices forward and five backward, for each pair of tokens.
     """
     tokens = rows * length
-    dense = (6 if checkpointing else 4) * shape.active + 6 * shape.adapter_active
+    dense = (6 if checkpointing else 4) * shape.active + 6 * shape.adapter_active + 2 * shape.whole_active
     return tokens * (dense + 14 * length * shape.layers * shape.attention)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products whose result is wider than their factors, and whether a device runs kernels of our own."""
+"""Products wider than their factors, where gradients are added up, and whether a device runs kernels of our own."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda and at_least_fp32(a.dtype) != a.dtype:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).to(at_least_fp32(a.dtype))
+
+
+def gradient_of(weight: torch.Tensor) -> torch.Tensor:
+    """What a backward pass adds to by itself, so that no second gradient of the size of a vocabulary is made."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import new_directory
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.lora.layers import TOWERS, trained_weights
+from gemma_tune.lora.layers import TOWERS, saved_weights
+from gemma_tune.lora.targets import NO_LAYER
+from gemma_tune.lora.whole import copies_in
 from gemma_tune.run.session import Session
+
+_PREFIX = "base_model.model."
+_INNER = re.compile(r"\.(original_module|modules_to_save)\b.*")
 
 
 def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) -> Path:
@@ -31,7 +37,7 @@ def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) ->
     _name_for_others(model, session)
     with new_directory(place) as folder:
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False,
-                              state_dict=trained_weights(model))
+                              state_dict=_as_computed_with(model))
         chat.tokenizer.save_pretrained(folder)
         generation = model.get_base_model().generation_config
         generation.eos_token_id = chat.stop_ids
@@ -39,6 +45,13 @@ def save_adapter(session: Session, model: Any, chat: ChatFormat, place: Path) ->
         (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True), encoding="utf-8")
         (folder / "README.md").write_text(_card(session), encoding="utf-8")
     return folder
+
+
+def _as_computed_with(model: Any) -> dict[str, Any]:
+    """What is trained; of modules as a whole the rounded weights, which is what was evaluated."""
+    types = {f"{_PREFIX}{name}.": module.whole.dtype for name, (_, module) in copies_in(model).items()}
+    return {name: value.to(types.get(name.partition("modules_to_save")[0], value.dtype))
+            for name, value in saved_weights(model).items()}
 
 
 def name_no_place(model: Any, name: str) -> None:
@@ -50,9 +63,12 @@ def name_no_place(model: Any, name: str) -> None:
 
 def _card(session: Session) -> str:
     base = session.model
-    return (f"---\nlibrary_name: peft\nbase_model: {base.id}\ntags: [lora, {session.config.method}, gemma-tune]\n"
+    full = session.config.full
+    kind = "full" if full else "lora"
+    return (f"---\nlibrary_name: peft\nbase_model: {base.id}\ntags: [{kind}, {session.config.method}, gemma-tune]\n"
             "---\n\n"
-            f"# {base.name}: LoRA adapter\n\nTrained with gemma-tune on {base.id}"
+            f"# {base.name}: {'all weights, as a PEFT adapter' if full else 'LoRA adapter'}\n\n"
+            f"Trained with gemma-tune on {base.id}"
             f"{f' at {base.revision}' if base.revision else ''}; the settings are in the run's manifest.json. "
             "The chat template in this directory is the one used in training.\n")
 
@@ -71,9 +87,21 @@ def _name_for_others(model: Any, session: Session) -> None:
     same = sum(name.rsplit(".", 1)[-1] in short for name in names) == len(chosen)
     # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
     peft_config.target_modules = sorted(short if same and not any(map(TOWERS.search, names)) else chosen)
+    if not chosen:
+        peft_config.target_modules = NO_LAYER
+    peft_config.modules_to_save = _named_modules(model, names)
     peft_config.target_parameters = _named_parameters(model, peft_config.target_parameters or ()) or None
     peft_config.base_model_name_or_path = session.model.id
     peft_config.revision = session.model.revision
+
+
+def _named_modules(model: Any, names: Sequence[str]) -> list[str] | None:
+    """Modules that are trained as a whole, by their last names where PEFT finds these alone by them."""
+    whole = [*copies_in(model)]
+    short = tuple(sorted({name.rsplit(".", 1)[-1] for name in whole}))
+    plain = {_INNER.sub("", name) for name in names}
+    same = {name for name in plain if name.endswith(short)} == {*whole} and not any(map(TOWERS.search, plain))
+    return [*(short if same else sorted(whole))] or None
 
 
 def _named_parameters(model: Any, adapted: Sequence[str]) -> list[str]:

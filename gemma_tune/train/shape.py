@@ -17,8 +17,9 @@ from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.experts import chosen_of, share_of
 from gemma_tune.lora.files import Adapter
-from gemma_tune.lora.layers import lora_config, target_modules, target_parameters
-from gemma_tune.lora.start import apart, names_in, patterns_of
+from gemma_tune.lora.start import names_in, patterns_of, targets_from
+from gemma_tune.lora.targets import Targets, lora_config, targets_of
+from gemma_tune.lora.whole import LINEAR, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,8 @@ class ModelShape:
         parameters: numbers of the base model; tied embeddings count once.
         linear: those of them that ``--qlora`` keeps in 4 bits: in linear layers, but not in the head.
         active: those that each token is multiplied with, without embeddings and head; of experts, the chosen share.
-        adapter: numbers of the adapter, which are trained.
-        adapter_active: those of them that each token is multiplied with; of experts, the chosen share.
+        adapter: numbers that are trained: of the adapter, and of modules as a whole.
+        adapter_active: those of LoRA that each token is multiplied with; of experts, the chosen share.
         adapted: how many linear layers the adapter is on.
         experts: how many parameters that hold a layer's experts it is on.
         head: numbers of the head, vocabulary x hidden size.
@@ -49,6 +50,10 @@ class ModelShape:
         attention: query heads x their width.
         item: bytes of a number in the compute type.
         kept: bytes that autograd keeps for the backward pass, head excluded, of so many rows of so many tokens.
+        whole: numbers of the modules that are trained as a whole, which are among those of the adapter.
+        whole_active: those of them that each token is multiplied with, head excluded.
+        modules: how many modules that are.
+        head_trained: the head is among them, by itself or as the embedding.
         model: with its adapter, on the meta device.
     """
 
@@ -66,6 +71,10 @@ class ModelShape:
     attention: int
     item: int
     kept: Callable[[int, int], int]
+    whole: int = 0
+    whole_active: int = 0
+    modules: int = 0
+    head_trained: bool = False
     model: Any = field(default=None, compare=False, repr=False)
 
 
@@ -88,27 +97,32 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
     text_config, model = _without_weights(checkpoint, dtype)
     head = model.get_output_embeddings().weight
     names = names_in(model, start) if start else {}
-    chosen, experts = apart(start, names) if start else (target_modules(model, config.target_modules),
-                                                         target_parameters(model, config.target_modules))
-    adapted = [(module.in_features, module.out_features) for module in map(model.get_submodule, chosen)]
+    targets = targets_from(model, start, names) if start else targets_of(model, config)
+    whole = [model.get_submodule(name) for name in targets.whole]
+    matrices = [module for module in whole if kind_of(module) == LINEAR and module.weight is not head]
+    adapted = [(module.in_features, module.out_features)
+               for module in (*map(model.get_submodule, targets.layers), *matrices)]
     # A token goes through some of the experts, each time in a row of its own.
     adapted += [(chosen_of(model) * inner, chosen_of(model) * outer)
-                for _, outer, inner in (model.get_parameter(name).shape for name in experts)]
+                for _, outer, inner in (model.get_parameter(name).shape for name in targets.parameters)]
     linear = {id(module.weight): module.weight.numel() for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module.weight is not head}
     parameters, active = sum(p.numel() for p in model.parameters()), _active(model)
     through = sum(map(sum, adapted))
-    with_adapter = _adapted(model, config, (chosen, experts), patterns_of(start, names) if start else {})
+    with_adapter = _adapted(model, config, targets, patterns_of(start, names) if start else {})
     on_layers, on_experts = _trained(with_adapter)
+    in_whole = sum(p.numel() for module in whole for p in module.parameters())
     return ModelShape(
         parameters=parameters, linear=sum(linear.values()),
         active=active,
         adapter=on_layers + on_experts,
-        adapter_active=on_layers + round(on_experts * share_of(model)),
-        adapted=len(chosen), experts=len(experts), head=head.numel(), hidden=text_config.hidden_size,
+        adapter_active=on_layers - in_whole + round(on_experts * share_of(model)),
+        adapted=len(targets.layers), experts=len(targets.parameters), head=head.numel(), hidden=text_config.hidden_size,
         widest=max(map(max, adapted)), layers=text_config.num_hidden_layers,
         attention=_attention_width(text_config),
         item=dtype.itemsize, kept=_counter(with_adapter, through, torch.device(device)),
+        whole=in_whole, whole_active=sum(module.weight.numel() for module in matrices), modules=len(whole),
+        head_trained=targets.tied or any(module.weight is head for module in whole if hasattr(module, "weight")),
         model=with_adapter)
 
 
@@ -186,18 +200,19 @@ def _active(model: PreTrainedModel) -> int:
     return round(sum(p.numel() * (share if p.ndim == 3 else 1) for p in matrices))
 
 
-def _adapted(model: PreTrainedModel, config: TrainConfig, chosen: tuple[list[str], list[str]],
-             patterns: dict[str, Any]) -> Any:
-    """The model with its adapter, on layers and parameters of experts."""
+def _adapted(model: PreTrainedModel, config: TrainConfig, targets: Targets, patterns: dict[str, Any]) -> Any:
+    """The model with its adapter, and copies of the modules that are trained as a whole."""
     from peft import get_peft_model
 
     from gemma_tune.lora.dora import start_from_base
     from gemma_tune.lora.routed import install
+    from gemma_tune.train.whole import train_whole
 
-    adapted = get_peft_model(model, lora_config(config, *chosen, **patterns), low_cpu_mem_usage=True).train()
+    adapted = get_peft_model(model, lora_config(config, targets, **patterns), low_cpu_mem_usage=True).train()
     if config.dora:
         start_from_base(adapted)
     install(adapted)
+    train_whole(adapted)
     return adapted
 
 

@@ -62,7 +62,10 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
         folder, kept = _located(session, named or before)
     adapter = read_adapter(folder)
     brought = settings_of(adapter)
-    if "dropout" in session.given:  # which says nothing of what the adapter computes
+    for name, none in (("full", False), ("modules_to_save", ())):  # what it does not train is not trained
+        if getattr(session.config, name) != none:
+            brought.setdefault(name, none)
+    if "dropout" in session.given and "dropout" in brought:  # which says nothing of what the adapter computes
         brought["dropout"] = session.config.dropout
     asked = _contradictions(session, brought)
     if problems := [*asked.values(), *_other_base(session, adapter), *untrainable(adapter)]:

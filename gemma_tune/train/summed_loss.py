@@ -51,9 +51,11 @@ def install_summed_loss(causal_lm: Any) -> None:
 
 def _losses(causal_lm: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     rows = hidden.flatten(0, 1).index_select(0, positions)
-    weight = _weight(causal_lm)
+    head = causal_lm.get_output_embeddings()
+    whole = getattr(head, "whole", None)  # where the head is trained
+    weight, trained = (_weight(causal_lm), None) if whole is None else (whole.narrow("weight"), head.weight)
     # Under autocast the last norm may hand on fp32.
-    return rows_cross_entropy(rows.to(weight.dtype), weight, targets, **after_product(causal_lm))
+    return rows_cross_entropy(rows.to(weight.dtype), weight, targets, trained=trained, **after_product(causal_lm))
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ from gemma_tune.base.files import os_errors, remove
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.encoding.eye import PICTURES
-from gemma_tune.lora.layers import trained_weights
+from gemma_tune.lora.layers import saved_weights
 from gemma_tune.train import processes
 from gemma_tune.train.adamw import AdamWAsOne
 from gemma_tune.train.batches import (
@@ -45,6 +45,7 @@ from gemma_tune.train.kernels import not_compiled
 from gemma_tune.train.late import LateFigures
 from gemma_tune.train.looking import Shown
 from gemma_tune.train.summed_loss import install_summed_loss
+from gemma_tune.train.whole import train_whole
 
 T = TypeVar("T")
 MOST_FREED = 4  # times after which capturing anew takes longer than it saves
@@ -77,6 +78,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
             parameter.data = parameter.data.float()
+        self.whole = train_whole(self.model)
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
         self.rate, self.trained, self.row_names, self.shown = rate, trained, row_names, shown
         self.tokens_seen = 0  # of all processes, in the steps of this command
@@ -120,6 +122,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         if not batch_samples:
             return None
         self.refresh()
+        self.whole.refresh()
         first = batch_samples[0]
         self._facts = {"tokens": first["step_tokens"], "trained": first["step_trained"], "rows": first["step_rows"]}
         return first["step_trained"]
@@ -347,6 +350,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
         losses, count = [], 0
         self.refresh()
+        self.whole.refresh()
         self.gradients.clear()
         with self.evaluating():
             for batch in loader(self.eval_dataset, batches, self.accelerator):
@@ -408,7 +412,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _save(self, output_dir=None, state_dict=None):
-        Trainer._save(self, output_dir, trained_weights(self.model))
+        Trainer._save(self, output_dir, saved_weights(self.model))
 
     def _save_rng_state(self, output_dir):
         """The library's, which passes over Apple's GPU."""

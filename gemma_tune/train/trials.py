@@ -22,6 +22,7 @@ from transformers import DefaultFlowCallback, TrainerCallback
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.lora.whole import put_back
 from gemma_tune.models.placement import Placement
 from gemma_tune.run.session import Session
 from gemma_tune.train.callbacks import StopRequest
@@ -228,6 +229,7 @@ class Trials:
         self._layers.close()
         if self._trainer is None:
             return
+        put_back(self._trainer.model)
         self.model = self._trainer.model.unload()
         vars(self.model).pop("forward", None)  # which TRL and we have put there
         self._trainer, self.rank = None, 0
