@@ -7,7 +7,7 @@ with. ``torch`` is imported inside functions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
@@ -125,6 +125,14 @@ def copies_in(model: Any) -> dict[str, tuple[Module, Module]]:
     return {name.removeprefix("base_model.model."): (module.original_module, module.modules_to_save[adapter])
             for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
             for adapter in module.active_adapters[:1] if adapter in module.modules_to_save}
+
+
+def each_once(copies: Mapping[str, tuple[Module, Module]]) -> dict[str, tuple[Module, Module]]:
+    """What :func:`copies_in` found without a head that is the embedding."""
+    found: dict[int, str] = {}
+    for name, (_, module) in copies.items():
+        found.setdefault(id(next(module.parameters())), name)
+    return {name: copies[name] for name in found.values()}
 
 
 def put_back(model: Any) -> None:

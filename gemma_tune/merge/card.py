@@ -17,6 +17,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.versions import library_versions
 from gemma_tune.base.words import counted, last_name
 from gemma_tune.lora.config import usable_config
+from gemma_tune.lora.targets import NO_LAYER
 from gemma_tune.models.licence import base_licence, licence_note
 from gemma_tune.models.towers import auto_class
 from gemma_tune.run.manifest import JUDGED, PAIRS
@@ -43,19 +44,31 @@ def model_card(session: Session, summary: Mapping[str, Any]) -> str:
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     if model.source == "hub":
         header |= {"base_model": model.id, "base_model_relation": "finetune"}
-    dora = ["dora"] if adapter.get("use_dora") else []
-    header |= licence | {"tags": ["gemma-tune", _method(session), "lora", *dora]}
+    header |= licence | {"tags": ["gemma-tune", _method(session), *_kinds(adapter)]}
     rows = [("Base model", _base(session)), *_training(session, adapter), ("Merge", _merge(summary)),
             ("Versions", _versions())]
     return "\n".join([
         "---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
         f"# {model.name}, fine-tuned", "",
-        f"{_code(model.id)} with a LoRA adapter merged into its weights, for conversations in the chat template that "
-        "comes with the tokenizer.", "",
+        f"{_code(model.id)} {_changed(adapter)}, for conversations in the chat template that comes with the "
+        "tokenizer.", "",
         "## How it was made", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "",
         "## Use", "", _usage(session), "",
         "## Licence", "", licence_note(licence), "",
     ])
+
+
+def _is_full(adapter: Mapping[str, Any]) -> bool:
+    """Whether weights themselves were trained, and no LoRA."""
+    return adapter.get("target_modules") == NO_LAYER
+
+
+def _kinds(adapter: Mapping[str, Any]) -> list[str]:
+    return ["full"] if _is_full(adapter) else ["lora"] + ["dora"] * bool(adapter.get("use_dora"))
+
+
+def _changed(adapter: Mapping[str, Any]) -> str:
+    return "with all its weights trained" if _is_full(adapter) else "with a LoRA adapter merged into its weights"
 
 
 # How each method learns, and what it learns from in a step.
@@ -123,6 +136,15 @@ def _record_of_training(session: Session) -> Mapping[str, Any] | None:
 
 
 def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on: str | None) -> str:
+    words = ["none: full fine-tuning"] if _is_full(config) else _of_lora(config)
+    if settings.get("qlora"):
+        words.append("trained on the base in 4 bits (QLoRA)")
+    if trained_on:
+        words.append(f"trained on {_code(trained_on)}, which is that base, quantised")
+    return ", ".join(words)
+
+
+def _of_lora(config: Mapping[str, Any]) -> list[str]:
     kind = ("rank-stabilised " if config.get("use_rslora") else "") + ("DoRA" if config.get("use_dora") else "LoRA")
     words = [f"{kind} of rank {config['r']}", f"alpha {_number(config['lora_alpha'])}"]
     if config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -135,11 +157,7 @@ def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on:
         words.append("on " + ", ".join([*map(_code, sorted(short)), *experts]))
     if config.get("modules_to_save"):
         words.append("whole " + ", ".join(map(_code, sorted(config["modules_to_save"]))))
-    if settings.get("qlora"):
-        words.append("trained on the base in 4 bits (QLoRA)")
-    if trained_on:
-        words.append(f"trained on {_code(trained_on)}, which is that base, quantised")
-    return ", ".join(words)
+    return words
 
 
 def _rows(session: Session) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_tune.encoding.eye import PICTURES
-from gemma_tune.lora.whole import copies_in
+from gemma_tune.lora.whole import copies_in, each_once
 from gemma_tune.models.placement import wide
 from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.loss import IGNORE_INDEX
@@ -49,7 +49,7 @@ class AdapterStart:
     @torch.no_grad()
     def __init__(self, model: Any):
         self._parts = {name: _copies(layer) if _factors(layer)[1].any() else None for name, layer in _layers(model)}
-        self._whole = {name: _start_of(base, module) for name, (base, module) in copies_in(model).items()}
+        self._whole = {name: _start_of(base, module) for name, (base, module) in each_once(copies_in(model)).items()}
         self._lengths = {name: length.detach().cpu().clone() for name, layer in _layers(model)
                          if (length := _length(layer)) is not None}
 
@@ -62,7 +62,7 @@ class AdapterStart:
             square += change
             if not change and not self._longer(name, layer):
                 still.append(name)
-        copies = copies_in(model)
+        copies = each_once(copies_in(model))
         for name, (base, module) in copies.items():
             change = _squared_distance(module, self._whole.get(name) or _weights(base))
             square += change

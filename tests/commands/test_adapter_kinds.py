@@ -109,7 +109,7 @@ def test_doras_forward_and_backward_pass_equal_pefts(tmp_path, four_bit):
 
     from gemma_tune.config.stages import TrainConfig
     from gemma_tune.lora.dora import settle, start_from_base
-    from gemma_tune.lora.layers import lora_config, target_modules
+    from gemma_tune.lora.targets import lora_config, targets_of
     from gemma_tune.models.load import load_model
     from gemma_tune.models.placement import choose_placement
 
@@ -117,7 +117,8 @@ def test_doras_forward_and_backward_pass_equal_pefts(tmp_path, four_bit):
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             p.data.normal_(generator=torch.Generator().manual_seed(3))
-    model = get_peft_model(model, lora_config(TrainConfig(rank=4, dora=True), target_modules(model, ()))).train()
+    config = TrainConfig(rank=4, dora=True)
+    model = get_peft_model(model, lora_config(config, targets_of(model, config))).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
     values = {name: p.detach() * (1 + torch.rand(p.shape, generator=generator)) if "magnitude" in name

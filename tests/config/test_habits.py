@@ -36,12 +36,13 @@ def test_steps_are_no_share(cli, steps):
 @pytest.mark.parametrize(("typed", "said"), [
     ("--lora_target", "here it is --target-modules"), ("--per-device-train-batch-size", "here it is --batch-size, times --accumulation"),
     ("--micro_batch_size", "here it is --batch-size, times --accumulation"), ("--enable_thinking", "gemma-tune prepare --thinking on, or off"),
-    ("--train_type", "an adapter is trained"), ("--resume_from_checkpoint", "the same command goes on where a training was stopped"),
+    ("--train_type", "here it is --full for all weights; else an adapter is trained"), ("--resume_from_checkpoint", "the same command goes on where a training was stopped"),
     ("--desirable_weight", "here it is --good-weight"), ("--kto_undesirable_weight", "here it is --bad-weight"),
     ("--custom_dataset_info", "here it is gemma-tune prepare DATA, the files themselves, with --columns"), ("--split_dataset_ratio", "here it is gemma-tune prepare --valid"),
     ("--load_in_4bit", "here it is --qlora"), ("--bf16", "here it is --dtype bf16"), ("--cutoff_len", "gemma-tune prepare --max-length"),
     ("--model_name_or_path", "here it is --model"), ("--packing", "a GPU packs them"), ("--warmup_steps", "here it is --warmup, a share of the steps"),
-    ("--train-on-inputs", "answers are learned, and prompts never"), ("--modules_to_save", "no embeddings are trained"),
+    ("--train-on-inputs", "answers are learned, and prompts never"), ("--additional_target", "here it is --modules-to-save"),
+    ("--full_finetuning", "here it is --full"), ("--add_tokens", "no token is added"),
     ("--data", "files of data are named without an option"), ("--deepspeed", "--strategy fsdp"),
     ("--push-to-hub-gguf", "here it is gemma-tune export-ollama --push")])
 def test_a_habit_is_answered(cli, typed, said):

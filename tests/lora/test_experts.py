@@ -19,11 +19,12 @@ from gemma_tune.lora.config import CONFIG, WEIGHTS
 from gemma_tune.lora.experts import adaptable
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.fold import fold
-from gemma_tune.lora.layers import lora_config, not_adapted, target_modules, target_parameters
+from gemma_tune.lora.layers import not_adapted, target_modules, target_parameters
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.lora.renamed import renamed_adapter
 from gemma_tune.lora.routed import install
-from gemma_tune.lora.start import apart, load_start, names_in, patterns_of, settings_of, weights_of
+from gemma_tune.lora.start import load_start, names_in, patterns_of, settings_of, targets_from, weights_of
+from gemma_tune.lora.targets import lora_config, targets_of
 from gemma_tune.train.effect import AdapterStart
 from gemma_tune.train.shape import shape_of
 from support.llamas import save_random, tokenizer_with_turns
@@ -202,10 +203,10 @@ def test_a_training_that_starts_from_one_has_its_weights_ranks_and_scales(tmp_pa
     read = read_adapter(tmp_path)
     assert settings_of(read)["target_modules"] == ("experts", "q_proj") and settings_of(read)["rank"] == 3
     names = names_in(model, read)
-    chosen, found = apart(read, names)
-    assert found == sorted(parameters) and {name.rsplit(".", 1)[-1] for name in chosen} == {"q_proj"}
+    targets = targets_from(model, read, names)
+    assert targets.parameters == sorted(parameters) and {name.rsplit(".", 1)[-1] for name in targets.layers} == {"q_proj"}
     config = TrainConfig(rank=3, alpha=6.0, target_modules=("experts", "q_proj"))
-    again = get_peft_model(deepcopy(model), lora_config(config, chosen, found, **patterns_of(read, names)))
+    again = get_peft_model(deepcopy(model), lora_config(config, targets, **patterns_of(read, names)))
     load_start(again, weights_of(read, names))
     torch.testing.assert_close(logits(again), logits(PeftModel.from_pretrained(deepcopy(model), tmp_path)))
 
@@ -291,7 +292,7 @@ def test_other_parameters_of_an_adapter_are_named(tmp_path):
 def test_a_plan_counts_what_is_trained_and_what_of_it_a_token_meets(tmp_path, asked):
     model = make("qwen3_moe", tmp_path)
     config = TrainConfig(rank=4, target_modules=asked)
-    tuned = get_peft_model(deepcopy(model), lora_config(config, target_modules(model, asked), target_parameters(model, asked)))
+    tuned = get_peft_model(deepcopy(model), lora_config(config, targets_of(model, config)))
     shape = shape_of(tmp_path, config, torch.bfloat16)
     experts = 6 * 4 * (64 + 64 + 32 + 64)
     assert shape.adapter == tuned.get_nb_trainable_parameters()[0] and shape.experts == 2

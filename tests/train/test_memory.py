@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.lora.layers import lora_config, target_modules
+from gemma_tune.lora.targets import lora_config, targets_of
 from gemma_tune.models import placement
 from gemma_tune.models.placement import USABLE
 from gemma_tune.train import job, kernels
@@ -41,7 +41,7 @@ def real_kept(checkpoint: Path, rows: int, length: int, dtype: torch.dtype) -> i
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
-    model = get_peft_model(model, lora_config(SMALL, target_modules(model, ()))).train()
+    model = get_peft_model(model, lora_config(SMALL, targets_of(model, SMALL))).train()
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     sizes, alive = {}, []
 

@@ -1,0 +1,210 @@
+"""--full and --modules-to-save: trained, resumed, loaded, compared with a training by PyTorch alone, merged and served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.command import MANIFEST_SCHEMA, write_rows
+from support.merging import merged_tensors, peft_merge
+from support.models import make_model
+from support.training import adapter_bytes, by_hand, plain_loss, stop_at
+
+RUN = Path("runs/tiny-gemma")
+ADAPTER = RUN / "tiny-gemma_lora_adapter"
+LEARN = ("--epochs", 3, "--learning-rate", 3e-3, "--dtype", "fp32", "--json")
+
+
+@pytest.fixture
+def prepared(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny).code == 0
+    return RUN
+
+
+def config() -> dict:
+    return json.loads((ADAPTER / "adapter_config.json").read_text())
+
+
+def changed(tiny: Path) -> set[str]:
+    base = load_file(tiny / "model.safetensors")
+    return {name for name, tensor in merged_tensors(RUN).items() if not torch.equal(tensor, base[name])}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_all_weights_are_trained_loaded_and_merged(cli, prepared, tiny, dtype):
+    from gemma_tune.lora.load import add_adapter
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import choose_placement
+
+    result = cli("train", *LEARN, "--dtype", dtype, "--full")
+    assert result.code == 0, result.err
+    assert "full fine-tuning, 28 modules as a whole" in result.err and "28 of 28 modules changed" in result.err
+    summary = result.json["summary"]
+    assert summary["eval_loss_after"] < 0.9 * summary["eval_loss_before"]
+    base = load_file(tiny / "model.safetensors")
+    assert summary["trainable_parameters"] == sum(tensor.numel() for tensor in base.values())
+    assert config()["target_modules"] == "dummy-target-modules" and {"embed_tokens", "norm"} < {*config()["modules_to_save"]}
+    jsonschema.validate(json.loads((RUN / "manifest.json").read_text()), MANIFEST_SCHEMA)
+
+    tuned = add_adapter(load_model(tiny, choose_placement(dtype)), ADAPTER)
+    total, count = plain_loss(tuned, by_hand(prepared, "valid"))
+    assert total / count == pytest.approx(summary["eval_loss_after"], rel=1e-5 if dtype == "fp32" else 5e-3)
+    with tuned.disable_adapter():
+        total, count = plain_loss(tuned, by_hand(prepared, "valid"))
+    assert total / count == pytest.approx(summary["eval_loss_before"], rel=1e-5 if dtype == "fp32" else 5e-3)
+
+    merged = cli("merge", "--json")
+    assert merged.code == 0, merged.err
+    assert merged.json["summary"]["check_divergence"] < 1e-3
+    expected = peft_merge(tiny, ADAPTER)
+    for name, tensor in merged_tensors(RUN).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert changed(tiny) == base.keys(), "a head of its own is not written: it stays the embedding"
+    assert "full fine-tuning" in (RUN / "tiny-gemma_lora_merged" / "README.md").read_text()
+
+
+def test_the_steps_are_those_of_adamw_on_the_whole_model(cli, prepared, tiny):
+    """By plain autograd and PyTorch's own optimiser, in fp64, on the same batches."""
+    from transformers import AutoModelForCausalLM
+
+    flags = ("--full", "--batch-size", 64, "--max-steps", 2, "--schedule", "constant", "--warmup", 0, "--clip", 1e6,
+             "--learning-rate", 1e-3, "--dtype", "fp32", "--keep", "last", "--samples", 0)
+    assert cli("train", *flags).code == 0
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    rows = by_hand(prepared, "train")
+    assert len(rows) <= 64
+    for _ in range(2):
+        total = sum(torch.nn.functional.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:]),
+                                                      ignore_index=-100, reduction="sum") for ids, labels in rows)
+        (total / sum(label != -100 for _, labels in rows for label in labels[1:])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours, base = load_file(ADAPTER / "adapter_model.safetensors"), load_file(tiny / "model.safetensors")
+    for name, weight in model.state_dict().items():
+        got = ours[f"base_model.model.{name}"].double()
+        start = base["model.embed_tokens.weight" if name == "lm_head.weight" else name].double()
+        # Adam's first steps go by the sign of the gradient, and hardly by its size: where it is next to nothing, rounding
+        # decides.
+        apart = (got - weight).abs() > 1e-5
+        assert apart.double().mean() < 2e-3, name
+        assert (got - start).abs().max() < 2.1e-3, name
+
+
+@pytest.mark.parametrize("flags", [("--full",), ("--modules-to-save", "embed_tokens,norm", "--rank", 4)], ids=["full", "some"])
+def test_interrupted_it_goes_on_to_the_same_weights(cli, prepared, monkeypatch, flags):
+    assert cli("train", *LEARN, *flags).code == 0
+    expected = adapter_bytes(prepared)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert cli("train", *LEARN, *flags, "--force").code == 130
+    resumed = cli("train", *LEARN)
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["summary"]["resumed_from_step"] == 5
+    assert adapter_bytes(prepared) == expected
+
+
+def test_modules_beside_an_adapter(cli, prepared, tiny):
+    result = cli("train", *LEARN, "--modules-to-save", "embed_tokens,input_layernorm", "--rank", 4)
+    assert result.code == 0, result.err
+    assert "LoRA of rank 4, scaled by alpha / r = 8, on 14 linear layers (" in result.err
+    assert ", and 3 modules as a whole (embed_tokens, input_layernorm)" in result.err
+    merged = cli("merge", "--json")
+    assert merged.code == 0 and merged.json["summary"]["check_divergence"] < 1e-3, merged.err
+    expected = peft_merge(tiny, ADAPTER)
+    for name, tensor in merged_tensors(RUN).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert len(changed(tiny)) == 14 + 3
+    assert config()["modules_to_save"] == ["embed_tokens", "input_layernorm", "lm_head"] and config()["ensure_weight_tying"]
+
+
+def test_a_linear_layer_as_a_whole_has_no_adapter(cli, prepared, tiny):
+    result = cli("train", *LEARN, "--modules-to-save", "o_proj", "--rank", 4)
+    assert result.code == 0 and "on 12 linear layers" in result.err, result.err
+    assert cli("merge").code == 0
+    weights = load_file(ADAPTER / "adapter_model.safetensors")
+    assert not any("o_proj.lora" in name for name in weights) and sum("o_proj" in name for name in weights) == 2
+
+
+def test_a_head_of_its_own_is_trained(cli, data, tmp_path):
+    untied = make_model(tmp_path / "untied", tie_word_embeddings=False)
+    assert cli("prepare", data, "--model", untied, "--run", "runs/untied").code == 0
+    result = cli("train", *LEARN, "--full", "--run", "runs/untied")
+    assert result.code == 0 and "29 of 29 modules changed" in result.err, result.err
+    assert cli("merge", "--run", "runs/untied", "--json").json["summary"]["check_divergence"] < 1e-3
+
+
+def test_preferences_go_on_from_what_all_weights_have_learned(cli, tiny, tmp_path):
+    rows = [{"prompt": f"What is a {word}?", "chosen": f"It is a {word}.", "rejected": f"Well, many say a {word} is a {word}"}
+            for word in ("market", "share", "profit", "price", "value", "rate", "loss", "bank", "fund", "risk")]
+    pairs = write_rows(tmp_path / "pairs.jsonl", rows)
+    assert cli("prepare", pairs, "--model", tiny, "--valid", 3).code == 0
+    learned = cli("train", *LEARN, "--full", "--method", "sft")
+    assert learned.code == 0, learned.err
+    preferred = cli("train", "--method", "dpo", "--epochs", 3, "--learning-rate", 1e-3, "--dtype", "fp32", "--json")
+    assert preferred.code == 0, preferred.err
+    assert "the run's adapter has learned answers" in preferred.err
+    assert preferred.json["summary"]["eval_loss_before"] == pytest.approx(0.6931, abs=1e-4), "the reference is what it begins with"
+    assert preferred.json["summary"]["eval_loss_after"] < 0.6
+    assert preferred.json["summary"]["trainable_parameters"] == learned.json["summary"]["trainable_parameters"]
+    assert cli("merge", "--json").json["summary"]["check_divergence"] < 1e-3
+
+
+def test_an_adapter_with_whole_modules_is_trained_further(cli, prepared, tiny):
+    assert cli("train", *LEARN, "--modules-to-save", "embed_tokens", "--rank", 4).code == 0
+    before = load_file(ADAPTER / "adapter_model.safetensors")
+    again = cli("train", "--from-adapter", ADAPTER, "--epochs", 1, "--learning-rate", 1e-3, "--dtype", "fp32", "--json")
+    assert again.code == 0, again.err
+    after = load_file(ADAPTER / "adapter_model.safetensors")
+    assert after.keys() == before.keys() and not any(torch.equal(after[name], before[name]) for name in after)
+    assert cli("merge", "--json").json["summary"]["check_divergence"] < 1e-3
+
+
+def test_two_processes_learn_what_one_does(cli, prepared):
+    flags = ("--full", "--max-steps", 2, "--learning-rate", 1e-3, "--dtype", "fp32", "--samples", 0, "--keep", "last", "--schedule",
+             "constant", "--warmup", 0)
+    assert cli("train", *flags, "--batch-size", 4).code == 0
+    one = load_file(ADAPTER / "adapter_model.safetensors")
+    both = cli("train", *flags, "--batch-size", 2, "--num-processes", 2, "--force")
+    assert both.code == 0, both.err
+    for name, weight in load_file(ADAPTER / "adapter_model.safetensors").items():
+        assert ((weight - one[name]).abs() > 1e-5).double().mean() < 5e-3, name
+
+
+def test_another_kind_of_training_leaves_the_other_s_settings_behind(cli, prepared):
+    assert cli("train", "--rank", 4, "--learning-rate", 1e-3, "--max-steps", 1).code == 0
+    full = cli("train", "--full", "--max-steps", 1, "--json")
+    assert full.code == 0, full.err
+    assert "learning rate 2e-05: a tenth of an adapter's" in full.err and "rank" not in full.err.split("settings as before", 1)[-1][:60]
+    settings = json.loads((RUN / "manifest.json").read_text())["stages"]["train"]["config"]
+    assert settings["learning_rate"]["value"] == pytest.approx(2e-5) and settings["rank"]["value"] == 16
+    kept = cli("train", "--max-steps", 2)
+    assert kept.code == 0 and "full fine-tuning" in kept.err, "as before"
+    lora = cli("train", "--rank", 8, "--max-steps", 1)
+    assert lora.code == 0 and "LoRA of rank 8" in lora.err, lora.err
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (("--full", "--rank", 8), "rank: belongs to an adapter, and --full trains none"),
+    (("--full", "--qlora"), "full: does not go together with qlora"),
+    (("--full", "--compile"), "full: does not go together with compile"),
+    (("--full", "--strategy", "fsdp", "--num-processes", 2), "full: does not go together with strategy fsdp"),
+    (("--full", "--modules-to-save", "norm"), "modules_to_save: belongs to an adapter"),
+    (("--modules-to-save", "q_proj", "--target-modules", "q_proj"), "modules_to_save: q_proj is in --target-modules, too"),
+    (("--modules-to-save", "embed_token"), "names what the model does not have: embed_token (did you mean embed_tokens?)")])
+def test_what_does_not_go_together_is_named(cli, prepared, flags, said):
+    result = cli("train", *flags)
+    assert result.code == 2 and said in result.err, result.err
+    assert "Traceback" not in result.err and not ADAPTER.exists()
+
+
+def test_a_dry_run_tells_of_it(cli, prepared):
+    result = cli("train", "--full", "--dry-run")
+    assert result.code == 0 and "learning rate 2e-05" in result.err, result.err
+    lora = cli("train", "--dry-run")
+    assert lora.code == 0
