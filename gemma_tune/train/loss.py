@@ -181,6 +181,7 @@ class _WithHead(torch.autograd.Function):
     def forward(ctx, hidden, trained, weight, targets, softcap, scale):
         """Args: as of :func:`rows_cross_entropy`; weight is ``trained``, rounded to the type of ``hidden``."""
         labels = targets.unsqueeze(1)
+        hidden = hidden.masked_fill(labels == IGNORE_INDEX, 0)  # a row that only fills up may hold anything
         spread = torch.full(labels.shape, -torch.inf, dtype=at_least_fp32(hidden.dtype), device=hidden.device)
         own = torch.zeros_like(spread)
         for start, _, logits in _chunks_of_logits(hidden, weight, softcap, scale):
@@ -206,8 +207,7 @@ class _WithHead(torch.autograd.Function):
             share = (share if slope is None else share.mul_(slope)).mul_(factors).to(hidden.dtype)
             grad += wide_product(share, part)
             to[start:start + len(part)] += wide_product(share.t(), hidden)
-        # A row that only fills up may hold anything.
-        return grad.masked_fill_(labels == IGNORE_INDEX, 0).to(hidden.dtype), None, None, None, None, None
+        return grad.to(hidden.dtype), None, None, None, None, None
 
 
 def _chunks_of_logits(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None,

@@ -141,7 +141,8 @@ def _forward(module: torch.nn.Module, whole: Whole) -> Callable[..., torch.Tenso
     kind = kind_of(module)
     if kind == LINEAR:
         return whole.linear
-    like = copy.copy(module)  # with the class's own forward pass
+    like = copy.copy(module)
+    vars(like).pop("forward", None)  # it has its class's own
     like._parameters = dict(module._parameters)
     if kind == EMBEDDING:
         like.padding_idx = None  # the number of a row among those that are wanted says nothing

@@ -87,6 +87,16 @@ def test_norm(fused, dtype, layout):
     assert out.dtype == dtype and max(errors) < tolerance(fused, dtype), errors
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_norm_that_is_trained(fused, layout):
+    layout = LAYOUTS[layout]
+    x = 0.1 * randn(2, 3, 4, 24)
+    weight = randn(layout(x).shape[-1], seed=1).float()
+    errors, _ = compared(lambda x, w: fused.RMSNorm.apply(layout(x), w, 1e-3), lambda x, w: norm(layout(x), w), [x, weight.double()],
+                         torch.float32, fused.device)
+    assert max(errors) < tolerance(fused, torch.float32), errors
+
+
 def test_results_keep_the_layout_of_heads(fused):
     x = heads(randn(2, 5, 3, 8).float().to(fused.device))
     angles = torch.ones(1, 1, 5, 8, device=fused.device)

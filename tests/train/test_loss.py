@@ -176,6 +176,54 @@ def test_without_gradient_only_the_value_is_computed():
     assert hidden.requires_grad and hidden.grad is None
 
 
+def trained_head(dtype, softcap, scale):
+    """A head that is trained: loss, gradient of the hidden states, and of the fp32 head; the same in float64."""
+    hidden, weight, labels = batch(dtype=dtype)
+    head = weight.to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_()
+    total = linear_cross_entropy(hidden, weight, labels, softcap=softcap, scale=scale, trained=head)
+    (total / 3).backward()
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    logits = scale * (exact[0][:, :-1] @ exact[1].t())
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX,
+                                                 reduction="sum")
+    (expected / 3).backward()
+    return (total, hidden.grad, head.grad), (expected, exact[0].grad, exact[1].grad)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("chunk", [1, 4096, 1 << 21])
+def test_the_gradient_of_a_trained_head_equals_plain_cross_entropy(monkeypatch, dtype, softcap, chunk):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    (total, *gradients), (expected, *wanted) = trained_head(dtype, softcap, 0.5)
+    value_tolerance, gradient_tolerance = TOLERANCES[dtype]
+    assert total.item() == pytest.approx(expected.item(), rel=value_tolerance)
+    assert gradients[0].dtype == dtype and gradients[1].dtype == torch.promote_types(dtype, torch.float32)
+    for found, exact in zip(gradients, wanted):
+        assert relative_error(found, exact) < gradient_tolerance
+
+
+def test_the_gradient_of_a_trained_head_is_added_to_what_is_there():
+    hidden, weight, labels = batch()
+    head = weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, weight, labels, trained=head).backward()
+    place, once = head.grad, head.grad.clone()
+    linear_cross_entropy(hidden, weight, labels, trained=head).backward()
+    assert head.grad is place and torch.allclose(place, 2 * once)
+
+
+def test_rows_that_fill_up_say_nothing_to_a_trained_head():
+    hidden, weight, targets, _ = filled_up(torch.float64)
+    head = weight.clone().requires_grad_()
+    rows_cross_entropy(hidden, weight, targets, softcap=4.0, scale=0.5, trained=head).backward()
+    kept = targets != IGNORE_INDEX
+    alone, again = hidden.detach()[kept].requires_grad_(), weight.clone().requires_grad_()
+    rows_cross_entropy(alone, weight, targets[kept], softcap=4.0, scale=0.5, trained=again).backward()
+    assert torch.allclose(head.grad, again.grad) and not hidden.grad[~kept].any()
+    assert torch.allclose(hidden.grad[kept], alone.grad)
+
+
 def test_a_head_that_would_be_trained_is_refused():
     hidden, weight, labels = batch()
     with pytest.raises(ValueError, match="frozen head"):
