@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, nearest
 from gemma_tune.lora.experts import count_of
-from gemma_tune.lora.layers import TOWERS
+from gemma_tune.lora.layers import TOWERS, left_out
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -40,10 +40,11 @@ def kind_of(module: Module) -> str | None:
 
 def trainable_modules(model: PreTrainedModel) -> dict[str, Module]:
     """The modules of the text model that can be trained as a whole, by full name; a head that is the embedding goes by
-    that one's name alone."""
-    head, words = model.get_output_embeddings(), model.get_input_embeddings()
-    return {name: module for name, module in _holders(model) if kind_of(module)
-            and not (module is head and is_tied(model) and head is not words)}
+    that one's name alone. What the model reads past a module, it would read past its copy as well."""
+    out = left_out(model)
+    tied = model.get_output_embeddings() if is_tied(model) else None
+    return {name: module for name, module in _holders(model)
+            if kind_of(module) and module is not tied and name not in out}
 
 
 def _holders(model: PreTrainedModel) -> Iterator[tuple[str, Module]]:

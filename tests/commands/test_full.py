@@ -8,9 +8,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from commands.test_families import make
 from safetensors.torch import load_file
 
-from support.command import MANIFEST_SCHEMA, write_rows
+from gemma_tune.lora.layers import TOWERS
+from support.command import MANIFEST_SCHEMA, rows, write_rows
+from support.gemmas import FAMILIES, make_family
 from support.merging import merged_tensors, peft_merge
 from support.models import make_model
 from support.training import adapter_bytes, by_hand, plain_loss, stop_at
@@ -187,6 +190,36 @@ def test_another_kind_of_training_leaves_the_other_s_settings_behind(cli, prepar
     assert kept.code == 0 and "full fine-tuning" in kept.err, "as before"
     lora = cli("train", "--rank", 8, "--max-steps", 1)
     assert lora.code == 0 and "LoRA of rank 8" in lora.err, lora.err
+
+
+@pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "gemma 3n with an eye", "mistral small 3.2",
+                                  "gemma4-unified"])
+def test_all_weights_of_a_family(cli, tmp_path, name):
+    """The text model's; what sees and hears is in the merged model as it was."""
+    model = tmp_path / "model"
+    make_family(name, model) if name in FAMILIES else make(name, model)
+    for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
+                 ("train", "--full", "--max-steps", 4, "--learning-rate", 1e-3, "--keep", "last", "--samples", 0),
+                 ("eval", "--max-new-tokens", 3), ("merge",)):
+        result = cli(*args, "--json", "--quiet")
+        assert result.code == 0, (args, result.err)
+    assert result.json["summary"]["check_divergence"] < 1e-3 < result.json["summary"]["check_adapter_effect"]
+    before, after = ({name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+                     for folder in (model, Path(result.json["artifacts"]["merged"])))
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if TOWERS.search(name)} <= same
+    text = {name for name in before if not TOWERS.search(name)}
+    assert len(text & same) < 0.2 * len(text), sorted(text & same)
+
+
+@pytest.mark.parametrize("name", ["qwen 3 with experts", "mamba 2", "dense granite hybrid"])
+def test_a_model_of_which_much_would_stay_is_refused(cli, tmp_path, name):
+    make(name, tmp_path / "model")
+    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", tmp_path / "model").code == 0
+    result = cli("train", "--full")
+    assert result.code == 2 and "--full does not train all of this model" in result.err, result.err
+    assert "train an adapter: leave --full out" in result.err
 
 
 @pytest.mark.parametrize(("flags", "said"), [
