@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from gemma_tune.base.files import os_errors, write_atomic
+from gemma_tune.base.files import NEW, os_errors, put_in_place, unfinished
 from gemma_tune.base.listener import Listener
 from gemma_tune.lora.layers import trained_weights
 from gemma_tune.train import processes
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gemma_tune.train.trainer import GemmaTrainer
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and numbers, as hex digits."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 class Best(TrainerCallback):
@@ -94,12 +104,13 @@ class Best(TrainerCallback):
         """Keep these weights as the best, by the names of the model's parameters."""
         if processes.is_main():
             weights = {name: value.detach().float().cpu().contiguous() for name, value in trained.items()}
-            digest = hashlib.sha256(save(weights)).hexdigest()
+            # With their hash, as everything that training may go on from.
+            about = {"training": self.training, "step": str(step), "loss": repr(loss), "sha256": _digest(weights)}
             with os_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                # With their hash, as everything that training may go on from.
-                write_atomic(self.path, save(weights, {"training": self.training, "step": str(step), "loss": repr(loss),
-                                                       "sha256": digest}))
+                with unfinished(self.path.with_name(NEW + self.path.name)) as fresh:
+                    save_file(weights, fresh, about)  # of all weights of a model no second copy is in memory
+                    put_in_place(fresh, self.path)
         self._kept = step, loss
 
     def _of_file(self) -> tuple[int, float] | None:
@@ -142,7 +153,7 @@ class Best(TrainerCallback):
                 wanted = (file.metadata() or {})["sha256"]
         except (OSError, KeyError, SafetensorError):
             return None
-        return weights if hashlib.sha256(save(weights)).hexdigest() == wanted else None
+        return weights if _digest(weights) == wanted else None
 
     def described(self, kept: int, last: int, length: str) -> str | None:
         """Which adapter it is and what that says, in one sentence; None where nothing was evaluated.

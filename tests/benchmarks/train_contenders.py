@@ -21,6 +21,7 @@ import step_clock
 from gemma_tune.base.machine import settle_threads
 
 RANK, ALPHA, DROPOUT, LEARNING_RATE, WARMUP, SEED = 16, 32, 0.0, 2e-4, 0.05, 42
+FULL_RATE = 2e-5  # of all weights
 IGNORE_INDEX = -100
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -44,6 +45,11 @@ def shape(job: dict[str, Any]) -> dict[str, Any]:
 
     tokenizer = Path(job["tokenizer"]) if job["tokenizer"] else None
     return {"checkpoint": str(make_checkpoint(job["shape"], Path(job["output"]), tokenizer))}
+
+
+def rate_of(job: dict[str, Any]) -> float:
+    """The learning rate of all contenders."""
+    return FULL_RATE if job["full"] else LEARNING_RATE
 
 
 def measure_limit(job: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +132,11 @@ def _train_with_trl(job: dict[str, Any], rows: Any, model_init_kwargs: dict[str,
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16)}
     steps = -(-len(rows) // job["batch_size"]) * job["epochs"]
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = None if job["full"] else LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear",
+                                               task_type="CAUSAL_LM")
     arguments = SFTConfig(
         output_dir=job["output"], per_device_train_batch_size=job["batch_size"], num_train_epochs=job["epochs"],
-        learning_rate=LEARNING_RATE, lr_scheduler_type="cosine", warmup_steps=round(WARMUP * steps), seed=SEED,
+        learning_rate=rate_of(job), lr_scheduler_type="cosine", warmup_steps=round(WARMUP * steps), seed=SEED,
         max_length=None, use_cpu=job["device"] == "cpu", report_to=[], logging_steps=1, save_strategy="no",
         disable_tqdm=True, model_init_kwargs=model_init_kwargs, **settings)
     trainer = SFTTrainer(model=job["checkpoint"], args=arguments, train_dataset=rows, peft_config=lora,
@@ -165,11 +172,13 @@ def fp32(job: dict[str, Any]) -> dict[str, Any]:
     rows, size = open_tokens(Path(job["tokens"])), job["batch_size"]
     model = _base_in_fp32(job)
     set_seed(SEED)
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="CAUSAL_LM",
-                                             target_modules=target_modules(model, ()))).train()
+    if not job["full"]:
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, task_type="CAUSAL_LM",
+                                                 target_modules=target_modules(model, ())))
+    model.train()
     order = LengthGroupedBatches(lengths_of(rows), Share(size), SEED)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=rate_of(job), weight_decay=0.0)
     steps = -(-len(rows) // size) * job["epochs"]
     schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
     losses = []
@@ -203,8 +212,9 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
     count = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
     losses = {}
     for name, adapter in {"base": None, **job["adapters"]}.items():
-        model = _base_in_fp32(job)
-        if adapter:
+        whole = adapter and (Path(adapter) / "config.json").exists()  # a model, and no adapter
+        model = _base_in_fp32(job | ({"checkpoint": adapter} if whole else {}))
+        if adapter and not whole:
             model = PeftModel.from_pretrained(model, adapter)
         model.eval()
         with torch.no_grad():

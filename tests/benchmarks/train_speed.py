@@ -59,7 +59,7 @@ class Work:
     def __init__(self, folder: Path, options: argparse.Namespace):
         self.folder, self.options, self.model = folder, options, options.model
         self.job: dict[str, Any] = {"model": options.model, "batch_size": options.batch_size, "epochs": options.epochs,
-                                     "qlora": options.qlora, "profile": False}
+                                     "qlora": options.qlora, "full": options.full, "profile": False}
 
     def prepare(self) -> dict[str, Any]:
         """Split DATA, prepare both sides, measure the machine. The figures that hold for all contenders."""
@@ -102,9 +102,9 @@ class Work:
         return done["figures"] | {"adapter": str(output)} | {key: done[key] for key in ("wall_seconds", "peak_bytes")}
 
     def _ours(self, name: str) -> dict[str, Any]:
+        lora = ["--rank", common.RANK, "--alpha", common.ALPHA, "--dropout", common.DROPOUT]
         done = self.cli("train", "train", *OURS[name], "--epochs", self.options.epochs, "--batch-size", self.options.batch_size,
-                        "--rank", common.RANK, "--alpha", common.ALPHA, "--dropout", common.DROPOUT, "--learning-rate",
-                        common.LEARNING_RATE, "--schedule", "cosine", "--warmup", common.WARMUP, "--seed", common.SEED,
+                        *(["--full"] if self.options.full else lora), "--learning-rate", common.rate_of(self.job), "--schedule", "cosine", "--warmup", common.WARMUP, "--seed", common.SEED,
                         *(["--qlora"] if self.options.qlora else []), log=name)
         summary, run = done["summary"], self.folder / "run-train"
         lines = (run / "logs/metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -220,6 +220,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for --shape: a Gemma 3 tokenizer (default: a tiny one)")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="where the model of --shape is kept for the next run")
     parser.add_argument("--qlora", action="store_true", help="with the base in 4 bits")
+    parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA; the matrix limit, which is "
+                                                            "LoRA's, says nothing then")
     parser.add_argument("--max-steps", type=int, help="take so few rows that an epoch has at most so many steps")
     parser.add_argument("--neighbours", type=int, default=0, help="busy processes beside each contender")
     parser.add_argument("--no-held-out", dest="held_out", action="store_false",
