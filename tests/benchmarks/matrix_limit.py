@@ -1,9 +1,9 @@
-"""The time that a LoRA training needs at least: its matrix products, each at the speed measured for its shape.
+"""The time that a training needs at least: its matrix products, each at the speed measured for its shape.
 
 Counted is what the mathematics asks for, on real tokens without padding, one FLOP being one multiplication or one
 addition. Per token and frozen linear layer with P = inputs x outputs parameters: 2 P forward and 2 P for the gradient
-with respect to its input; its weights get none. Per adapter with p = rank x (inputs + outputs) parameters: 2 p forward,
-2 p for its weights, 2 p for its inputs. Per trained token the frozen head: 4 x vocabulary x hidden size. Per layer of
+with respect to its input; its weights get none, or with --full 2 P as well. Per adapter with p = rank x (inputs + outputs) parameters: 2 p forward,
+2 p for its weights, 2 p for its inputs. Per trained token the frozen head: 4 x vocabulary x hidden size, 6 x where it is trained. Per layer of
 attention with H heads of width D and n pairs of a query and a key that it sees: 4 H D n forward (two products), 8 H D n
 backward (four). Nothing is recomputed. Layers that read the embeddings need no gradient with respect to their input, as
 nothing below them learns.
@@ -29,21 +29,21 @@ class Shapes:
 
     ``linear`` counts the adapted layers by (inputs, outputs, whether their input needs a gradient); ``head`` is (hidden
     size, vocabulary); ``windows`` has, for each layer of attention, the keys that a query sees at most, or None;
-    ``attention_width`` is query heads x head width.
+    ``attention_width`` is query heads x head width, ``rank`` that of LoRA, None where all weights are trained.
     """
 
     linear: dict[tuple[int, int, bool], int]
     head: tuple[int, int]
     windows: tuple[int | None, ...]
     attention_width: int
-    rank: int
+    rank: int | None
 
 
-def shapes_of(model: Any, rank: int) -> Shapes:
-    """The shapes of a transformers model (which may lie on the meta device) with LoRA on every linear layer."""
+def shapes_of(model: Any, rank: int | None) -> Shapes:
+    """The shapes of a transformers model (which may lie on the meta device) with LoRA on every linear layer, or none."""
     from gemma_tune.lora.layers import target_modules
 
-    linear = Counter((module.in_features, module.out_features, not _READS_EMBEDDINGS.search(name))
+    linear = Counter((module.in_features, module.out_features, rank is None or not _READS_EMBEDDINGS.search(name))
                      for name in target_modules(model, ()) if (module := model.get_submodule(name)))
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
@@ -58,8 +58,10 @@ def pairs(length: int, window: int | None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def linear_flops(inputs: int, outputs: int, rank: int, gradient: bool) -> int:
-    """FLOPs per token of one frozen layer and its adapter, forward and backward."""
+def linear_flops(inputs: int, outputs: int, rank: int | None, gradient: bool) -> int:
+    """FLOPs per token of one frozen layer and its adapter, or of one that is trained, forward and backward."""
+    if rank is None:
+        return 6 * inputs * outputs
     frozen, adapter = 4 * inputs * outputs, 6 * rank * (inputs + outputs)
     return frozen + adapter - (0 if gradient else 2 * inputs * outputs + 2 * rank * inputs)
 
@@ -72,7 +74,7 @@ def training_flops(shapes: Shapes, lengths: Sequence[int], trained: int) -> dict
                                for (i, o, gradient), count in shapes.linear.items()),
         "attention": 12 * shapes.attention_width * sum(count * pairs(length, window) for window, count in
                                                        Counter(shapes.windows).items() for length in lengths),
-        "head": 4 * shapes.head[0] * shapes.head[1] * trained}
+        "head": (6 if shapes.rank is None else 4) * shapes.head[0] * shapes.head[1] * trained}
 
 
 def limit(shapes: Shapes, rates: dict[tuple[int, int], float], lengths: Sequence[int], trained: int) -> dict[str, Any]:

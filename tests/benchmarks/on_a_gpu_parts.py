@@ -297,6 +297,18 @@ def large(bench: Bench) -> None:
     bench.expect("QLoRA takes at most 1.3 times as long as bf16", ratio <= 1.3)
 
 
+def full(bench: Bench) -> None:
+    """All weights of the 270M, captured, one kernel at a time, and by TRL."""
+    found = speed(bench, 8, "--full", "--with", "ours,trl-best" if bench.small else "ours,ours-eager,trl-best", shape="gemma3-270m",
+                  log="full")["contenders"]
+    if not bench.on_gpu:
+        return
+    captured, eager = (found[name]["steps_seen"]["steady_tokens_per_second"] for name in ("ours", "ours-eager"))
+    bench.expect("captured steps are faster", captured > eager)
+    losses = [found[name]["held_out_loss"] for name in ("ours", "ours-eager")]
+    bench.expect("the held-out losses are within 0.5 %", abs(losses[0] / losses[1] - 1) < 0.005)
+
+
 def gpus(bench: Bench) -> None:
     count = 2 if bench.small else len(bench.machine["gpus"])
     if count < 2 or bench.machine["cuda"] and len(bench.machine["gpus"]) < 2:
@@ -344,6 +356,7 @@ PARTS = (
     Part("chat", "20 turns with base and tuned model", chat, 200, 100),
     Part("memory", "planned, reserved, resumed; fp32 with windows", memory, 300, 150),
     Part("large", "the 4B at 32 rows, bf16 and QLoRA, against the matrix limit", large, 500, 200),
+    Part("full", "train --full, captured and one kernel at a time, beside TRL", full, 300, 150),
     Part("gpus", "several GPUs", gpus, 150, 90),
     Part("suite", "all tests of training, answers, models and benchmarks", suite, 550, 250),
     Part("contender", "other programs on the same rows", contender, 550, 250),

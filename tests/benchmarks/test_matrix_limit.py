@@ -24,16 +24,16 @@ MIXED = {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 
          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
-@pytest.mark.parametrize("changes, windows", [({}, (64, 64)), (MIXED, (64, None, 64))])
-def test_the_count_is_that_of_a_real_step(tmp_path, changes, windows):
+@pytest.mark.parametrize("changes, windows, rank", [({}, (64, 64), RANK), (MIXED, (64, None, 64), RANK), (MIXED, (64, None, 64), None)])
+def test_the_count_is_that_of_a_real_step(tmp_path, changes, windows, rank):
     """Frozen layers, adapters and head exactly; attention exactly but for its causal half, which eager computes whole."""
     length, trained = 90, 37
     folder = make_model(tmp_path / "model", **changes)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    shapes = shapes_of(base, RANK)
+    shapes = shapes_of(base, rank)
     assert shapes.windows == windows
     expected = training_flops(shapes, [length], trained)
-    model = get_peft_model(base, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")) if rank else base
     ids = torch.arange(length)[None] + 5
     with FlopCounterMode(display=False) as counter:
         hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state[0, :trained]

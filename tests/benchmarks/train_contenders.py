@@ -66,7 +66,8 @@ def measure_limit(job: dict[str, Any]) -> dict[str, Any]:
     checkpoint = locate(job["model"], None, Listener()).path
     placement = choose_placement("auto")
     with torch.device("meta"):
-        shapes = shapes_of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint)), RANK)
+        shapes = shapes_of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint)),
+                           None if job["full"] else RANK)
     lengths = [int(n) for n in lengths_of(open_tokens(Path(job["tokens"])))]
     rates = measure_rates(shapes, placement.device, placement.dtype)
     # Of each sequence all tokens but the first can be learned.

@@ -220,8 +220,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for --shape: a Gemma 3 tokenizer (default: a tiny one)")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="where the model of --shape is kept for the next run")
     parser.add_argument("--qlora", action="store_true", help="with the base in 4 bits")
-    parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA; the matrix limit, which is "
-                                                            "LoRA's, says nothing then")
+    parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
     parser.add_argument("--max-steps", type=int, help="take so few rows that an epoch has at most so many steps")
     parser.add_argument("--neighbours", type=int, default=0, help="busy processes beside each contender")
     parser.add_argument("--no-held-out", dest="held_out", action="store_false",
