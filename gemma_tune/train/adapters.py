@@ -98,6 +98,10 @@ class NarrowCopies:
         self._copies: dict[torch.dtype, list[torch.Tensor]] = {}
         self._versions: list[int] = []
 
+    def __len__(self) -> int:
+        """How many weights there are."""
+        return len(self._weights)
+
     def refresh(self) -> None:
         """Copy what the weights are now: to be called after an optimiser step whose next step is a replay.
 

@@ -23,11 +23,15 @@ class Gradients:
         weights: the trained weights by name.
         fixed: whether weights and gradients stay where they are for the whole training, as one tensor each; the
             weights, all fp32 and on one device, are moved there.
+
+    Attributes:
+        nothing_yet: they were cleared by :meth:`begin`, and nothing has been added; who is about to add says so.
     """
 
     def __init__(self, weights: Mapping[str, torch.nn.Parameter], fixed: bool):
         self.names, self.weights, self.fixed = list(weights), list(weights.values()), fixed
         self.device = self.weights[0].device
+        self.nothing_yet = False
         # Nats per trained token of the step so far, of this process; summed with the gradients.
         self.loss = torch.zeros((), device=self.device)
         if not fixed:
@@ -37,10 +41,17 @@ class Gradients:
         self._lines = lines.to(self.device)  # at which line each weight begins, and where the last one ends
         self._flat = torch.zeros(self._size + 1, device=self.device)
         self.loss = self._flat[self._size]
-        self._views = self.parts(self.as_one)
         self.weights_as_one = self.room()
-        for weight, place in zip(self.weights, self.parts(self.weights_as_one)):
-            weight.data = place.copy_(weight.detach())
+        self.settle()
+
+    def settle(self) -> None:
+        """Have weights and gradients, which are cleared, at their places: also after somebody moved the model, which
+        can be to where it is already (accelerate, with several processes on a CPU)."""
+        if self.fixed:
+            for weight, place in zip(self.weights, self.parts(self.weights_as_one)):
+                if weight.data_ptr() != place.data_ptr():
+                    weight.data = place.copy_(weight.detach())
+            self._views = self.parts(self.as_one)  # the others' memory is where the model was moved to
         self.clear()
 
     @property
@@ -57,7 +68,8 @@ class Gradients:
         return [whole[start:start + w.numel()].view_as(w) for start, w in zip(self._starts, self.weights)]
 
     def clear(self) -> None:
-        """Begin a step."""
+        """Be zero."""
+        self.nothing_yet = False
         if not self.fixed:
             self.loss.zero_()
             for weight in self.weights:
@@ -68,8 +80,16 @@ class Gradients:
             if weight.grad is not view:  # looking takes less time than setting
                 weight.grad = view
 
+    def begin(self) -> None:
+        """Begin a step."""
+        self.clear()
+        self.nothing_yet = True
+
     def saved(self) -> list[torch.Tensor | None]:
-        """A copy, for :meth:`restore`. At fixed places it is one tensor, of which the loss is the last number."""
+        """A copy, for :meth:`restore`; of nothing, where nothing was added yet. At fixed places it is one tensor, of
+        which the loss is the last number."""
+        if self.nothing_yet:
+            return []
         if self.fixed:
             return [self._flat.clone()]
         return [self.loss.clone(), *(None if w.grad is None else w.grad.clone() for w in self.weights)]
@@ -83,6 +103,8 @@ class Gradients:
     def restore(self, saved: list[torch.Tensor | None]) -> None:
         """Be as they were when that copy was made."""
         self.clear()
+        if not saved:
+            return
         if self.fixed:
             self._flat.copy_(saved[0])
             return

@@ -75,7 +75,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         super().__init__(*args, **kwargs)
         # Gradients are summed over the processes once a step, see Gradients; DDP would do so while they are computed,
         # which a captured step cannot wait for.
-        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        prepare = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.accelerator.prepare_model = lambda *args, **kwargs: self._settled(prepare(*args, **kwargs))
         for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
             parameter.data = parameter.data.float()
         self.whole = train_whole(self.model)
@@ -86,7 +87,9 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         on_gpu = self.accelerator.device.type == "cuda"
         # In fp16 the loss scaler looks at the gradients and decides by itself, which takes its time.
         self.waits = not on_gpu or self.args.fp16
-        self.gradients = Gradients({name: p for name, p in self.model.named_parameters() if p.requires_grad}, on_gpu)
+        # On a CPU, too, gradients of whole models are better not made anew in each step.
+        self.gradients = Gradients({name: p for name, p in self.model.named_parameters() if p.requires_grad},
+                                   fixed=on_gpu or bool(self.whole))
         self.captured: CapturedSteps | None = None
         self.captured_evaluation: CapturedSteps | None = None
         self.freed = 0  # times that the memory of captured steps was needed
@@ -95,7 +98,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.overflows = 0  # steps in a row, in fp16
         self._bad = torch.zeros((), device=self.accelerator.device)  # 1 where the step must not be taken
         self._facts: dict[str, Any] = {"tokens": 0, "trained": 1, "rows": []}
-        self.model.zero_grad = lambda set_to_none=True: self.gradients.clear()
+        self.model.zero_grad = lambda set_to_none=True: self.gradients.begin()
         processes.same_everywhere([p.data for p in self._trainable()])
         install_summed_loss(self.causal_lm)
 
@@ -111,6 +114,11 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
     def causal_lm(self) -> Any:
         """The base model, without PEFT and wrappers."""
         return self.accelerator.unwrap_model(self.model).get_base_model()
+
+    def _settled(self, model: Any) -> Any:
+        """The model, after it was prepared, which may have moved its weights."""
+        self.gradients.settle()
+        return model
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -151,7 +159,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         if not model.training:  # it would walk through all modules in each step
             model.train()
         rows = len(inputs["lengths"])
-        earlier = self.gradients.saved() if self._divisible(rows) else None
+        earlier = self.gradients.saved() if self._divisible(rows) else []
+        self.gradients.nothing_yet = False
         while True:
             try:
                 self._piecewise_step(model, inputs, num_items_in_batch)

@@ -69,6 +69,38 @@ def test_what_was_saved_comes_back(gradients):
     assert not any(w.grad is not None and w.grad.any() for w in gradients.weights)
 
 
+def test_weights_that_were_moved_come_back_to_their_places(gradients):
+    """As accelerate does with several processes on a CPU, whose device has another name there."""
+    before = [w.detach().clone() for w in gradients.weights]
+    for weight in gradients.weights:
+        weight.data = weight.data.clone()
+        if weight.grad is not None:
+            weight.grad.data = weight.grad.data.clone()
+    gradients.settle()
+    assert all(torch.equal(w, b) for w, b in zip(gradients.weights, before))
+    backward(gradients)
+    assert gradients.norms().norm() > 0
+    if gradients.fixed:
+        places = gradients.parts(gradients.weights_as_one), gradients.parts(gradients.as_one)
+        for weight, place, grad in zip(gradients.weights, *places):
+            assert weight.data_ptr() == place.data_ptr() and weight.grad.data_ptr() == grad.data_ptr()
+
+
+def test_of_a_step_that_begins_nothing_is_copied(gradients):
+    backward(gradients)
+    gradients.begin()
+    saved = gradients.saved()
+    assert saved == []
+    gradients.nothing_yet = False  # as whoever is about to add says
+    backward(gradients)
+    assert len(gradients.saved()) > 0
+    gradients.restore(saved)
+    assert not any(w.grad is not None and w.grad.any() for w in gradients.weights) and not gradients.loss
+    gradients.begin()
+    gradients.clear()
+    assert len(gradients.saved()) > 0, "what is cleared in between is for somebody who adds"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_shows_in_its_weights_norm(gradients, bad):
     gradients.clear()
