@@ -197,6 +197,7 @@ class CapturedSteps:
         self._weights = torch.zeros(2, device=gradients.device)
         self.pool = Pool() if pool is None else pool
         self._graphs: dict[Bucket, _Captured] = {}
+        self._inputs: torch.Tensor | None = None  # where all graphs read, one after the other
         self._broken = False
         self._too_large = 0  # shapes that found no memory
 
@@ -218,8 +219,9 @@ class CapturedSteps:
         bucket = self.buckets.find(*self.body.shape(part))
         if bucket is None:
             return False
-        if not len(self.pool):
-            (self if self.pool.first is None else self.pool.first)._capture_largest()
+        for steps in (self.pool.first, self):
+            if steps is not None and not len(self.pool):  # nothing is captured yet, or cannot be of the first ones
+                steps._capture_largest()
         captured = self._graphs.get(bucket) or self._capture(bucket)
         if captured is None:
             return False
@@ -243,6 +245,7 @@ class CapturedSteps:
         """Free all graphs and their memory; they are captured anew when they are needed."""
         handles = [captured.pool for captured in self._graphs.values()]
         self._graphs.clear()
+        self._inputs = None
         self.pool.release(handles)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -269,7 +272,10 @@ class CapturedSteps:
         return None
 
     def _made(self, bucket: Bucket) -> _Captured:
-        inputs = torch.zeros(self.body.size(bucket), dtype=torch.int32, device=self.gradients.device)
+        if self._inputs is None:
+            size = max(map(self.body.size, self.buckets.counts))
+            self._inputs = torch.zeros(size, dtype=torch.int32, device=self.gradients.device)
+        inputs = self._inputs[:self.body.size(bucket)].zero_()  # not what another shape was given
         self.body.prepare(bucket)
         pool = self.pool.handle
         with _learning(self.body.model, self.backward), capturing(pool) as graph:

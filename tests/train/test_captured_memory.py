@@ -68,6 +68,24 @@ def test_the_largest_shape_is_captured_first_and_once(cuda):
     assert not said.notes
 
 
+def test_all_shapes_read_from_one_place(cuda):
+    """What is seen in pictures is megabytes, and no two graphs run at the same time."""
+    steps, _ = steps_of(Body())
+    assert all(steps.run(part(length), 1.0) for length in LENGTHS)
+    inputs = [captured.inputs for captured in steps._graphs.values()]
+    assert len({place.data_ptr() for place in inputs}) == 1 and len({len(place) for place in inputs}) == len(LENGTHS)
+    steps.forget()
+    assert steps.run(part(16), 1.0)
+
+
+def test_where_the_first_ones_cannot_be_captured_others_begin_with_their_largest(cuda):
+    broken, _ = steps_of(Body(wrong=lambda flat: flat.sum().item()))
+    broken.pool.first = broken
+    body = Body()
+    steps, _ = steps_of(body, broken.pool)
+    assert steps.run(part(16), 1.0) and body.made == [64, 16]
+
+
 def test_an_evaluation_that_comes_first_lets_the_training_take_its_memory_before(cuda):
     training, evaluating = Body(), Body()
     steps, _ = steps_of(training)
