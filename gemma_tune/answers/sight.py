@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Features = dict[str, "torch.Tensor"]
 SEEN = "features"  # (tokens, hidden size): what replaces the embeddings of a picture's tokens
 _DEEP = "deepstack."  # of some families also what is added behind the first layers, by number
-_BESIDE = ("image_grid_thw",)  # inputs from which a model reckons where tokens are
+GRID = "image_grid_thw"  # an input from which a model reckons where tokens are
+_BESIDE = (GRID,)
 
 
 def see(model: PreTrainedModel, eye: Eye, name: str) -> Features:
@@ -52,6 +53,11 @@ def see(model: PreTrainedModel, eye: Eye, name: str) -> Features:
         features[f"{_DEEP}{number}"] = _one(deep)
     features |= {key: inputs[key] for key in _BESIDE if key in inputs}
     return {key: value.to("cpu").contiguous() for key, value in features.items()}
+
+
+def layers_of(features: Features) -> list[str]:
+    """Names of those that take the place of tokens: of the embeddings, and of what is added behind the first layers."""
+    return [SEEN, *(key for key in features if key.startswith(_DEEP))]
 
 
 _TAKEN = ("pixel_values", "image_position_ids", "image_sizes", *_BESIDE)  # of what processors give
@@ -92,7 +98,7 @@ def inputs_beside(eye: Eye, ids: torch.Tensor, pictures: Sequence[Features], dev
         # Gemma 3 takes one tensor, others a list of those of single pictures.
         whole = unread[None] if eye.config["model_type"] == "gemma3" else [unread]
         output = BaseModelOutputWithPooling(pooler_output=whole)
-        if deep := [key for key in pictures[0] if key.startswith(_DEEP)]:
+        if deep := layers_of(pictures[0])[1:]:
             output["deepstack_features"] = [
                 [there(torch.cat([features[key] for features in pictures])[-len(unread):])] for key in deep]
         beside["mm_encoder_outputs"] = {"image": output}

@@ -25,15 +25,17 @@ WIDER = 2.0  # how much more work than its own a piece may cause in a larger buc
 
 @dataclass(frozen=True)
 class Bucket:
-    """A shape: rows that go through the model at once, tokens of each, and trained positions of all."""
+    """A shape: rows that go through the model at once, tokens of each, trained positions of all, and tokens of all that
+    stand for parts of pictures."""
 
     rows: int
     length: int
     positions: int
+    parts: int = 0
 
-    def holds(self, rows: int, length: int, positions: int) -> bool:
+    def holds(self, rows: int, length: int, positions: int, parts: int = 0) -> bool:
         """Whether a piece of that size can be padded to this shape."""
-        return rows <= self.rows and length <= self.length and positions <= self.positions
+        return (rows <= self.rows and length <= self.length and positions <= self.positions and parts <= self.parts)
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,22 @@ def pieces_of(batches: Iterable[Sequence[int]], micro_batch: int) -> Iterator[An
 
 
 def shapes_of_pieces(batches: Iterable[Sequence[int]], sequences: int, lengths: np.ndarray, trained: np.ndarray,
-                     micro_batch: int) -> np.ndarray:
+                     micro_batch: int, parts: np.ndarray | None = None) -> np.ndarray:
     """What goes through the model at once, piece by piece.
 
     Args:
         batches: rows of this process's forward passes, see ``Share.batches``; some may be empty.
         sequences: of each row: two where it is a pair.
         lengths, trained: tokens of each row's longest sequence, and how many of all are trained.
+        parts: tokens of each row that stand for parts of pictures, where these are to be counted.
 
     Returns:
-        (pieces, 3) int64: sequences, tokens of the longest, trained positions.
+        (pieces, 3) int64: sequences, tokens of the longest, trained positions; with ``parts`` (pieces, 4), their sum.
     """
-    found = [(sequences * len(part), lengths[part].max(), trained[part].sum())
+    more = [] if parts is None else [parts]
+    found = [(sequences * len(part), lengths[part].max(), *(counts[part].sum() for counts in (trained, *more)))
              for part in pieces_of(batches, micro_batch)]
-    return np.array(found, np.int64).reshape(-1, 3)
+    return np.array(found, np.int64).reshape(-1, 3 + len(more))
 
 
 class Buckets:
@@ -108,22 +112,29 @@ class Buckets:
                 continue
             sizes = levels(counts, np.ones_like(counts), GOAL, min(MOST_COUNTS, max(1, len(counts) // 8)))
             sizes = _without_rare(sizes, counts)
-            self.counts |= {Bucket(rows, int(length), int(size)): int(m)
+            # Room for what is seen costs no products: there is as much as any piece of that length needs.
+            parts = int(_rounded(shapes[at == n, 3], STEP).max()) if shapes.shape[1] > 3 else 0
+            self.counts |= {Bucket(rows, int(length), int(size), parts): int(m)
                             for size, m in zip(sizes, _met(sizes, counts))}
 
-    def find(self, rows: int, length: int, positions: int) -> Bucket | None:
+    @property
+    def largest(self) -> Bucket | None:
+        """The one that needs most memory."""
+        return max(self.counts, key=lambda b: (b.rows * b.length, b.positions), default=None)
+
+    def find(self, rows: int, length: int, positions: int, parts: int = 0) -> Bucket | None:
         """The bucket in which a piece causes the least work; None if it is better off by itself."""
         costs = self.costs
-        holding = [b for b in self.counts if b.holds(rows, length, positions)]
+        holding = [b for b in self.counts if b.holds(rows, length, positions, parts)]
         best = min(holding, key=lambda b: costs.of(b.rows, b.length, b.positions), default=None)
         if best and costs.of(best.rows, best.length, best.positions) > WIDER * costs.of(rows, length, positions):
             return None
         return best
 
-    def described(self, padding: float, by_itself: int, pieces: int) -> str:
+    def described(self, padding: float, by_itself: int, pieces: int, what: str = "steps") -> str:
         """The choice in one line, with what :meth:`fit` found for so many pieces."""
         rest = f"; {by_itself:,} of {pieces:,} pieces fit none" if by_itself else ""
-        return (f"steps are captured in {counted(len(self.counts), 'shape')} of up to "
+        return (f"{what} are captured in {counted(len(self.counts), 'shape')} of up to "
                 f"{max(b.length for b in self.counts):,} tokens; padding adds {padding:.0%}{rest}")
 
     def fit(self, shapes: np.ndarray, tokens: int) -> tuple[float, int]:
@@ -131,8 +142,8 @@ class Buckets:
         pieces no bucket holds."""
         padded = by_itself = 0
         different, met = np.unique(shapes, axis=0, return_counts=True)
-        for (rows, length, positions), times in zip(different.tolist(), met.tolist()):
-            bucket = self.find(rows, length, positions)
+        for (rows, length, *more), times in zip(different.tolist(), met.tolist()):
+            bucket = self.find(rows, length, *more)
             padded += times * (bucket.rows * bucket.length if bucket else rows * length)
             by_itself += 0 if bucket else times
         return padded / tokens - 1, by_itself

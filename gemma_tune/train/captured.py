@@ -23,6 +23,7 @@ from gemma_tune.base.capturing import capturing, is_closed
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.base.words import first_line
+from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.train.batches import trained_count, trained_positions
 from gemma_tune.train.buckets import Bucket, Buckets
 from gemma_tune.train.cuda_attention import choose_for
@@ -37,12 +38,18 @@ class Body(Protocol):
 
     Attributes:
         model: that computes it.
+        what: a name for such steps.
     """
 
     model: Any
+    what: str
 
-    def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Rows of a piece on the CPU, tokens of the longest, and trained positions."""
+    def takes(self, part: Mapping[str, Any]) -> bool:
+        """Whether it is for a piece like this one."""
+
+    def shape(self, part: Mapping[str, Any]) -> tuple[int, ...]:
+        """Rows of a piece on the CPU, tokens of the longest, trained positions, and perhaps tokens of pictures: what a
+        bucket has to hold."""
 
     def size(self, bucket: Bucket) -> int:
         """How many numbers :meth:`filled` gives."""
@@ -61,7 +68,16 @@ class Body(Protocol):
         """
 
 
-class RowsBeside:
+class OfText:
+    """Of a :class:`Body` that takes no pictures."""
+
+    what = "steps"
+
+    def takes(self, part: Mapping[str, Any]) -> bool:
+        return PICTURES not in part
+
+
+class RowsBeside(OfText):
     """Of a :class:`Body` whose rows are padded to one length: which attention that takes."""
 
     def prepare(self, bucket: Bucket) -> None:
@@ -185,6 +201,7 @@ class CapturedSteps:
     Attributes:
         seconds: spent on capturing so far.
         instead: what runs pieces where these cannot be captured after all.
+        beside: what runs pieces that are not for the body.
     """
 
     def __init__(self, body: Body, gradients: Gradients, buckets: Buckets, listener: Listener,
@@ -194,6 +211,7 @@ class CapturedSteps:
         self.into = gradients.loss if into is None else into
         self.seconds = 0.0
         self.instead: CapturedSteps | None = None
+        self.beside: CapturedSteps | None = None
         self._weights = torch.zeros(2, device=gradients.device)
         self.pool = Pool() if pool is None else pool
         self._graphs: dict[Bucket, _Captured] = {}
@@ -202,7 +220,14 @@ class CapturedSteps:
         self._too_large = 0  # shapes that found no memory
 
     def __len__(self) -> int:
-        return len(self._graphs) + (len(self.instead) if self.instead is not None else 0)
+        return len(self._graphs) + sum(len(others) for others in (self.instead, self.beside) if others is not None)
+
+    def each(self) -> Iterator[CapturedSteps]:
+        """These, and all that run pieces in their place."""
+        yield self
+        for others in (self.instead, self.beside):
+            if others is not None:
+                yield from others.each()
 
     def run(self, part: Mapping[str, Any], *weights: float) -> bool:
         """Forward and backward pass of a piece; False, with nothing done, where it has to go its own way.
@@ -211,6 +236,8 @@ class CapturedSteps:
             part: on the CPU, as the body takes it.
             weights: factors on its sums: what a trained token counts, 1 / those of the step.
         """
+        if not self.body.takes(part):
+            return self.beside is not None and self.beside.run(part, *weights)
         if not self._broken and self._ran(part, weights):
             return True
         return self._broken and self.instead is not None and self.instead.run(part, *weights)
@@ -251,8 +278,8 @@ class CapturedSteps:
         torch.cuda.empty_cache()
 
     def _capture_largest(self) -> None:
-        if not self._broken and self.buckets.counts:
-            self._capture(max(self.buckets.counts, key=lambda b: (b.rows * b.length, b.positions)))
+        if not self._broken and (bucket := self.buckets.largest):
+            self._capture(bucket)
 
     def _capture(self, bucket: Bucket) -> _Captured | None:
         if self._broken or bucket not in self.buckets.counts:
@@ -297,7 +324,7 @@ class CapturedSteps:
             return
         self._broken = True
         how = "go one kernel at a time" if self.instead is None else "are padded again"
-        self.listener.note(f"steps cannot be captured here and {how}: {problem}")
+        self.listener.note(f"{self.body.what} cannot be captured here and {how}: {problem}")
         self.forget()
 
 

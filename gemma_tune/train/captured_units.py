@@ -14,7 +14,7 @@ from gemma_tune.train.buckets import Bucket
 from gemma_tune.train.captured import RowsBeside, filled, inputs_of, size_of
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.objectives import Answers
-from gemma_tune.train.preference_loss import PreferenceLoss, by_answer
+from gemma_tune.train.preference_loss import PreferenceLoss, by_answer, has_pictures
 
 
 @dataclass
@@ -32,6 +32,9 @@ class LearnedUnits(RowsBeside):
     preference: PreferenceLoss
     per_unit: int
     sums: torch.Tensor
+
+    def takes(self, part: Mapping[str, Any]) -> bool:
+        return not has_pictures(_rows(part))
 
     def shape(self, part: Mapping[str, Any]) -> tuple[int, int, int]:
         rows = _rows(part)

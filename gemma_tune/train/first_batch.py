@@ -18,7 +18,8 @@ from gemma_tune.base.words import first_line, span
 from gemma_tune.train import processes
 from gemma_tune.train.batches import SortedBatches
 from gemma_tune.train.buckets import Buckets, costs_of, pieces_of, shapes_of_pieces
-from gemma_tune.train.captured import Body, CapturedSteps, LearnedTokens
+from gemma_tune.train.captured import Body, CapturedSteps, LearnedTokens, Pool
+from gemma_tune.train.captured_pictures import LearnedPictures
 from gemma_tune.train.kernels import compiled_layers, fast_layers, worth_compiling
 from gemma_tune.train.packed import packed_if_faster
 from gemma_tune.train.products import kernels_fault
@@ -88,10 +89,9 @@ class FirstBatch:
     def forget_captured(self) -> None:
         """Free the memory of captured steps, which what comes after the training can use."""
         for steps in (self.captured, self.captured_evaluation):
-            while steps is not None:
-                if steps:  # it has captured some
-                    steps.forget()
-                steps = steps.instead
+            for some in steps.each() if steps is not None else ():
+                if some:  # it has captured any
+                    some.forget()
 
     def capture_no_more(self) -> None:
         """Let all steps go one kernel at a time from now on."""
@@ -116,21 +116,42 @@ class FirstBatch:
         """Capture the steps from now on, where a GPU would wait for them to be started otherwise."""
         shapes, tokens = self._shapes()
         buckets = Buckets(shapes, costs_of(self.causal_lm))
-        if not buckets.counts:
+        steps = CapturedSteps(self.body(), self.gradients, buckets, self.listener)
+        pictured = self._capture_pictures(steps.pool)
+        if not buckets.counts and pictured is None:
             return
-        self.captured = CapturedSteps(self.body(), self.gradients, buckets, self.listener)
-        padding, by_itself = buckets.fit(shapes, tokens)
-        packed = packed_if_faster(self, self.captured, tokens, padding)
-        if packed is None:
-            self.listener.note(buckets.described(padding, by_itself, len(shapes)))
-        else:
-            self.captured = packed
-        self.captured.pool.first = self.captured  # its backward pass keeps what evaluations need not
+        self.captured = steps
+        if buckets.counts:
+            padding, by_itself = buckets.fit(shapes, tokens)
+            packed = packed_if_faster(self, steps, tokens, padding)
+            if packed is None:
+                self.listener.note(buckets.described(padding, by_itself, len(shapes)))
+            else:
+                self.captured = packed
+        self.captured.beside = pictured
+        # Its backward pass keeps what evaluations need not.
+        steps.pool.first = max((some for some in (self.captured, pictured) if some is not None and some.buckets.counts),
+                               key=lambda some: some.buckets.largest.rows * some.buckets.largest.length)
         self._capture_evaluations()
+
+    def _capture_pictures(self, pool: Pool) -> CapturedSteps | None:
+        """Steps of pieces with pictures; None where none of them is to be captured."""
+        if (body := self.body_of_pictures()) is None:
+            return None
+        shapes, tokens = self._shapes(pictured=True)
+        buckets = Buckets(shapes, costs_of(self.causal_lm))
+        if not buckets.counts:
+            return None
+        self.listener.note(buckets.described(*buckets.fit(shapes, tokens), len(shapes), body.what))
+        return CapturedSteps(body, self.gradients, buckets, self.listener, pool)
 
     def body(self, evaluating: bool = False) -> Body:
         """What a captured step computes, or a captured pass of an evaluation."""
         return LearnedTokens(self.model)
+
+    def body_of_pictures(self) -> Body | None:
+        """As :meth:`body`, of pieces with pictures; None where these go one kernel at a time."""
+        return LearnedPictures(self.model, self.shown) if self.shown is not None else None
 
     def sizes(self, side: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Sequences of each row of the training (0) or the validation (1); tokens of its longest, and trained ones."""
@@ -140,32 +161,42 @@ class FirstBatch:
         """Capture the validation's forward passes as well, which come again in each evaluation."""
         if self.eval_dataset is None:
             return
-        batches = self._of_text(SortedBatches(self.lengths[1], self._share(accumulation=1)), 1)
-        shapes = shapes_of_pieces(batches, *self.sizes(1), self.micro_batch)
         evaluations = 2 + self.args.max_steps // max(1, int(self.args.eval_steps or self.args.max_steps))
-        buckets = Buckets(np.repeat(shapes, evaluations, axis=0), costs_of(self.causal_lm))
-        self.captured_evaluation = CapturedSteps(self.body(evaluating=True), self.gradients, buckets, self.listener,
-                                                 self.captured.pool, backward=False)
 
-    def _shapes(self) -> tuple[np.ndarray, int]:
+        def captured(body: Body, pictured: bool) -> CapturedSteps:
+            batches = self._those(SortedBatches(self.lengths[1], self._share(accumulation=1)), 1, pictured)
+            shapes = np.repeat(self._shapes_of(batches, 1, pictured), evaluations, axis=0)
+            return CapturedSteps(body, self.gradients, Buckets(shapes, costs_of(self.causal_lm)), self.listener,
+                                 self.captured.pool, backward=False)
+
+        self.captured_evaluation = captured(self.body(evaluating=True), False)
+        if (body := self.body_of_pictures()) is not None:
+            self.captured_evaluation.beside = captured(body, True)
+
+    def _shapes(self, pictured: bool = False) -> tuple[np.ndarray, int]:
         """Of this process's pieces, see ``shapes_of_pieces``, and the tokens of all of them."""
-        batches, lengths = self.batches(), np.asarray(self.lengths[0])
+        batches, lengths = self.batches(pictured), np.asarray(self.lengths[0])
         tokens = sum(int(lengths[batch].sum()) for batch in batches)
-        return shapes_of_pieces(batches, *self.sizes(0), self.micro_batch), tokens
+        return self._shapes_of(batches, 0, pictured), tokens
 
-    def batches(self) -> list[Sequence[int]]:
+    def _shapes_of(self, batches: Iterable[Sequence[int]], side: int, pictured: bool) -> np.ndarray:
+        parts = self.shown.parts[side] if pictured else None
+        return shapes_of_pieces(batches, *self.sizes(side), self.micro_batch, parts)
+
+    def batches(self, pictured: bool = False) -> list[Sequence[int]]:
         """The rows of this process's forward passes of the whole training, or of as many steps as are looked at, as far
-        as they can be captured."""
+        as they have no pictures; or those others."""
         share = self._sampler().share
         steps = itertools.islice(self._steps(), min(self.args.max_steps, MOST_STEPS))
-        return self._of_text([batch for rows in steps for batch in share.batches(rows)], 0)
+        return self._those([batch for rows in steps for batch in share.batches(rows)], 0, pictured)
 
-    def _of_text(self, batches: Iterable[Sequence[int]], side: int) -> list[Sequence[int]]:
-        """Batches of the training (0) or the validation (1) without those pieces that have pictures."""
+    def _those(self, batches: Iterable[Sequence[int]], side: int, pictured: bool) -> list[Sequence[int]]:
+        """Of batches of the training (0) or the validation (1) the pieces that have pictures, or those that have none.
+        """
         if self.shown is None:
             return list(batches)
-        pictured = self.pictured(side)
-        return [part for part in pieces_of(batches, self.micro_batch) if not pictured[part].any()]
+        has = self.pictured(side)
+        return [part for part in pieces_of(batches, self.micro_batch) if has[part].any() == pictured]
 
     def pictured(self, side: int) -> np.ndarray:
         """Which rows of the training (0) or the validation (1) have pictures (bool)."""

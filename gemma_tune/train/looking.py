@@ -45,14 +45,14 @@ class Shown:
 
     Attributes:
         names: of their files, each once.
-        pictured: which sequences of the training, and of the validation, have any (bool).
+        sides: sequences of the training, and of the validation.
         eye: what they are prepared with.
         seen: what was seen in them, as far as they were looked at.
         run: whose they are.
     """
 
     names: list[str]
-    pictured: tuple[np.ndarray, np.ndarray]
+    sides: tuple[Any, Any]
     eye: Eye
     seen: Seen
     run: RunDir
@@ -65,6 +65,16 @@ class Shown:
             ValueError: the pictures are not those of all soft tokens.
         """
         return beside(self.seen, self.eye, ids, names, device)
+
+    @cached_property
+    def pictured(self) -> list[np.ndarray]:
+        """Which sequences of the training, and of the validation, have any (bool)."""
+        return [pictured(side) for side in self.sides]
+
+    @cached_property
+    def parts(self) -> list[np.ndarray]:
+        """How many tokens of each sequence, of the training and of the validation, stand for parts of them (int64)."""
+        return [_parts(side, self.eye.soft_id) for side in self.sides]
 
     @property
     def unseen(self) -> list[str]:
@@ -94,7 +104,17 @@ def shown_in(session: Session, chat: ChatFormat, rows: tuple[Any, Any], placemen
                         f"prepare them again: {_again(run)}")
     chat.eye.folder = run.pictures
     seen = Seen(run.seen, chat.eye, model.fingerprint, placement.dtype)
-    return Shown(names, (pictured(rows[0]), pictured(rows[1])), chat.eye, seen, run)
+    return Shown(names, rows, chat.eye, seen, run)
+
+
+def _parts(side: Any, soft_id: int) -> np.ndarray:
+    import numpy as np
+
+    found = [np.zeros(0, np.int64)]
+    for chunk in side.data.column("input_ids").chunks:
+        before = np.concatenate([[0], np.cumsum(chunk.values.to_numpy() == soft_id)])  # each token
+        found.append(np.diff(before[chunk.offsets.to_numpy()]))
+    return np.concatenate(found)
 
 
 def _again(run: RunDir) -> str:

@@ -17,7 +17,7 @@ import torch
 from gemma_tune.answers.decoding import beside_attention
 from gemma_tune.base.listener import Listener
 from gemma_tune.train.buckets import Bucket, Buckets, costs_of, pieces_of
-from gemma_tune.train.captured import CapturedSteps, LearnedTokens
+from gemma_tune.train.captured import CapturedSteps, LearnedTokens, OfText
 from gemma_tune.train.cuda_attention import TOLERANCE, packed_rows, try_packed
 from gemma_tune.train.loss import IGNORE_INDEX
 
@@ -28,7 +28,7 @@ _LOOKED_AT = 50  # forward passes of which one is timed
 
 
 @dataclass
-class PackedTokens:
+class PackedTokens(OfText):
     """As :class:`gemma_tune.train.captured.LearnedTokens`. Buckets have one row, of all tokens of a piece.
 
     Args:

@@ -90,6 +90,9 @@ class PreferenceTrainer(GemmaTrainer):
         sums = self._evaluated if evaluating else self._sums
         return LearnedUnits(self.model, self.preference, self.train_dataset.size, sums)
 
+    def body_of_pictures(self) -> None:
+        """None: units with pictures go one kernel at a time."""
+
     def sizes(self, side: int) -> tuple[int, np.ndarray, np.ndarray]:
         """See :meth:`gemma_tune.train.first_batch.FirstBatch.sizes`."""
         units = self.eval_dataset if side else self.train_dataset
@@ -204,8 +207,7 @@ class PreferenceTrainer(GemmaTrainer):
         for batch in batches:
             for part in self._pieces(batch):
                 rows = [unit["mismatch"] for unit in part["units"]]
-                if "seen" in part or self.captured_divergence is None or not self.captured_divergence.run(
-                        collate(rows), -1.0):
+                if self.captured_divergence is None or not self.captured_divergence.run(collate(rows), -1.0):
                     self.with_room(functools.partial(self._measure_piece, rows))
                 self._ratios -= sum(unit["mismatch_reference"] for unit in part["units"])
                 count += len(rows)

@@ -24,7 +24,7 @@ def install_summed_loss(causal_lm: Any) -> None:
     token, see ``batches.trained_positions``, ``targets`` (n,) those tokens, or ``IGNORE_INDEX`` where a list was filled
     up: so nothing has a size that depends on the data. ``position_ids`` are those of the model, where tokens are not
     counted from each row's beginning, and ``seen`` what it is given of pictures, see
-    ``answers.sight.inputs_beside``.
+    ``answers.sight.inputs_beside``, or all that it is given in place of ids (``inputs_embeds`` and others).
 
     Args:
         causal_lm: the base model, whose forward TRL has patched.
@@ -66,9 +66,12 @@ def _hidden(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None
 
 
 def _hidden_of_pictures(causal_lm: Any, input_ids: torch.Tensor, seen: Mapping[str, Any]) -> torch.Tensor:
-    """By the model around the decoder, which puts pictures in their places and lets their parts see each other."""
+    """By the model around the decoder, which puts pictures in their places and lets their parts see each other; by the
+    decoder alone where what is added behind its first layers is in its place already."""
     whole = causal_lm.model
-    hidden = whole(input_ids=input_ids, attention_mask=None, use_cache=False, **seen, **{AS_MASKED: True})
+    model = causal_lm.get_decoder() if "deepstack_visual_embeds" in seen else whole
+    ids = {} if "inputs_embeds" in seen else {"input_ids": input_ids}
+    hidden = model(attention_mask=None, use_cache=False, **ids, **seen, **{AS_MASKED: True})
     if hasattr(whole, "rope_deltas"):
         whole.rope_deltas = None  # by which Qwen's answers to the next prompt would go on from these rows
     return hidden.last_hidden_state

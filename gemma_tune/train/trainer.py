@@ -202,6 +202,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
                 self.with_room(functools.partial(self._eager_step, model, part, count))
 
     def _eager_step(self, model, part, count: int) -> None:
+        part = self.with_sight(part)
         # What is compiled does not know the masks of pictures, and would be compiled anew for them.
         with not_compiled(self.model) if self.compiled and "seen" in part else contextlib.nullcontext():
             with self.compute_loss_context_manager():
@@ -211,8 +212,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     @staticmethod
     def replayed(captured: CapturedSteps | None, part: dict[str, Any], *weights: float) -> bool:
-        """Whether a captured step has worked on the piece, which none does that has pictures."""
-        return captured is not None and "seen" not in part and captured.run(part, *weights)
+        """Whether a captured step has worked on the piece."""
+        return captured is not None and captured.run(part, *weights)
 
     def with_room(self, work: Callable[[], T]) -> T:
         """Work on a piece that is too rare to be captured, and add to gradients and sums. Where the memory that
@@ -249,15 +250,14 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         return (1 / max(1, count),)
 
     def _pieces(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        """What is seen in a piece's pictures is put where the model computes when the piece is asked for: of a whole
-        batch it may not fit there."""
         parts = list(self.split(batch, self.micro_batch))
         if self.sharded:  # in each pass the processes gather every layer from each other, so all make as many
             parts += [self.collate([])] * (processes.most(len(parts)) - len(parts))
-        return map(self.with_sight, parts)
+        return iter(parts)
 
     def with_sight(self, part: dict[str, Any]) -> dict[str, Any]:
-        """A piece with what is seen in its pictures, as ``seen``; one without any is left as it is."""
+        """A piece with what is seen in its pictures, as ``seen``; one without any is left as it is. It is put where the
+        model computes piece by piece: of a whole batch it may not fit there."""
         if PICTURES not in part:
             return part
         assert self.shown is not None
@@ -365,7 +365,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             for batch in loader(self.eval_dataset, batches, self.accelerator):
                 for part in self._pieces(batch):
                     if not self.replayed(self.captured_evaluation, part, 1.0):
-                        losses.append(self.with_room(functools.partial(self._summed_loss, self.model, part)))
+                        losses.append(self.with_room(functools.partial(self._eager_loss, part)))
                     count += trained_count(part["labels"])
         losses.append(self.gradients.loss)  # of what was captured
         total = sum(torch.stack(losses).tolist())  # read once: a GPU works on meanwhile
@@ -374,6 +374,9 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         metrics = {f"{metric_key_prefix}_loss": total / max(1, count)}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _eager_loss(self, part: dict[str, Any]) -> torch.Tensor:
+        return self._summed_loss(self.model, self.with_sight(part))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

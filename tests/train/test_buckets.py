@@ -66,6 +66,17 @@ def test_what_is_met_too_rarely_goes_into_a_larger_one_or_by_itself():
     assert "1 of 11 pieces fit none" in buckets.described(*buckets.fit(shapes, int((shapes[:, 0] * shapes[:, 1]).sum())), len(shapes))
 
 
+def test_there_is_room_for_what_is_seen_in_any_piece_of_that_length():
+    shapes = np.array([(4, 96, 100, 9), (4, 90, 100, 30), (4, 96, 40, 4), (4, 300, 90, 61)] * 9)
+    buckets = Buckets(shapes, Costs(1, 1))
+    assert {(b.length, b.parts) for b in buckets.counts} == {(96, 32), (304, 64)}
+    for shape in shapes.tolist():
+        assert buckets.find(*shape).parts >= shape[3]
+    assert buckets.find(4, 96, 90, 32).length == 96 and buckets.find(4, 96, 90, 65) is None
+    assert buckets.fit(shapes, int((shapes[:, 0] * shapes[:, 1]).sum())) == Buckets(shapes[:, :3], Costs(1, 1)).fit(
+        shapes[:, :3], int((shapes[:, 0] * shapes[:, 1]).sum()))
+
+
 def test_too_short_a_training_captures_nothing():
     assert not Buckets(np.array([(4, 96, 100)] * (WORTH - 1)), Costs(1, 1)).counts
     assert not Buckets(np.zeros((0, 3), np.int64), Costs(1, 1)).counts

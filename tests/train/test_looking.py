@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from gemma_tune.answers.sight import Seen, beside
 from gemma_tune.encoding.eye import PICTURES, eye_of
 from gemma_tune.encoding.tokenizer import load_tokenizer
+from gemma_tune.encoding.tokens import TokenWriter, open_tokens, those
 from gemma_tune.lora.layers import TOWERS, target_modules
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
@@ -25,7 +26,7 @@ from gemma_tune.train.batches import collate, pieces
 from gemma_tune.train.effect import _logits, _seen
 from gemma_tune.train.first_batch import FirstBatch
 from gemma_tune.train.kernels import fast_layers
-from gemma_tune.train.looking import tower_bytes
+from gemma_tune.train.looking import Shown, tower_bytes
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
 from gemma_tune.train.trainer import GemmaTrainer
@@ -62,10 +63,12 @@ class Rows:
         return {"input_ids": ids, "labels": labels, PICTURES: list(names)}
 
     def batch(self, rows: list[dict]) -> dict:
-        made = collate(rows)
+        return self.with_sight(collate(rows))
+
+    def with_sight(self, made: dict, device: torch.device | None = None) -> dict:
         if PICTURES not in made:
             return made
-        return made | {"seen": beside(self.seen, self.eye, made["input_ids"], made[PICTURES])}
+        return made | {"seen": beside(self.seen, self.eye, made["input_ids"], made[PICTURES], device)}
 
     def tuned(self, **how):
         model = adapted(load_model(self.folder, FP32, sight="features"), **how)
@@ -190,16 +193,31 @@ def test_what_sees_is_counted_before_it_is_loaded(of, family):
     assert tower_bytes(rows.folder, 4) == 4 * (more + small) > 0
 
 
-def test_only_pieces_of_text_are_planned_to_be_captured():
+def test_pieces_with_pictures_are_planned_by_themselves():
     class Planned(FirstBatch):
         micro_batch = 2
         shown = SimpleNamespace(pictured=(np.array([0, 1, 0, 0, 0, 0], bool), np.array([1, 0], bool)))
 
     found = Planned()
-    assert found._of_text([[0, 1, 2], [3, 4, 5], []], 0) == [[2], [3, 4], [5]]
-    assert found._of_text([[1, 0]], 1) == []
+    assert found._those([[0, 1, 2], [3, 4, 5], []], 0, pictured=False) == [[2], [3, 4], [5]]
+    assert found._those([[0, 1, 2], [3, 4, 5], []], 0, pictured=True) == [[0, 1]]
+    assert found._those([[1, 0]], 1, pictured=False) == [] and found._those([[1, 0]], 1, pictured=True) == [[1, 0]]
     Planned.shown = None
-    assert found._of_text([[0, 1, 2], []], 0) == [[0, 1, 2], []]
+    assert found._those([[0, 1, 2], []], 0, pictured=False) == [[0, 1, 2], []]
+
+
+def test_tokens_of_pictures_are_counted_without_reading_rows(tmp_path):
+    """Also of those that were picked out of others, and in several blocks."""
+    ids = [[5, 9, 9, 1], [1], [9, 9, 9, 9, 2], [3, 9], []]
+    with TokenWriter(tmp_path / "t.arrow") as writer:
+        for row in ids:
+            writer.add([(np.array(row, np.int32), np.zeros(0, np.int32), "a.png" if 9 in row else "")])
+            writer._flush()
+    whole = open_tokens(tmp_path / "t.arrow")
+    some = those(whole, np.array([0, 1, 1, 1, 0], bool))
+    shown = Shown(["a.png"], (whole, some), SimpleNamespace(soft_id=9), None, None)
+    assert [side.tolist() for side in shown.parts] == [[2, 0, 4, 1, 0], [0, 4, 1]]
+    assert [side.tolist() for side in shown.pictured] == [[True, False, True, True, False], [False, True, True]]
 
 
 def test_what_is_seen_is_read_piece_by_piece():
@@ -211,4 +229,6 @@ def test_what_is_seen_is_read_piece_by_piece():
     words = torch.tensor([1, 2])
     batch = collate([{"input_ids": words, "labels": words, PICTURES: names} for names in (["a"], [], ["b"])])
     for n, part in enumerate(GemmaTrainer._pieces(trainer, batch)):
+        assert read == [[["a"]], [["b"]]][:(n + 1) // 2], "not before it is needed"
+        part = trainer.with_sight(part)
         assert read == [[["a"]], [["b"]]][:1 + n // 2] and ("seen" in part) == (n != 1)

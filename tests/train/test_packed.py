@@ -5,6 +5,8 @@ PyTorch's kernel for such rows needs a GPU; here a plain one stands in its place
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -256,7 +258,7 @@ def test_what_cannot_be_captured_packed_is_padded_again():
             return (part, weights)
 
     steps = CapturedSteps.__new__(CapturedSteps)
-    steps._broken, steps.instead = True, None
+    steps._broken, steps.instead, steps.body = True, None, SimpleNamespace(takes=lambda part: True)
     assert steps.run("part", 1.0) is False
     steps.instead = Runs()
     assert steps.run("part", 1.0) == ("part", (1.0,))
