@@ -18,7 +18,7 @@ WORDS = ["margin", "cash", "debt", "growth", "price", "share", "yield", "cost", 
 TESTS = ("tests/train", "tests/answers", "tests/models", "tests/benchmarks")
 SEEN = ("steady_tokens_per_second", "warmup_steps", "warmup_seconds", "gpu_busy", "kernels_per_step", "gpu_seconds_per_step",
         "padding", "first_step_after")
-CAPTURED = re.compile(r"steps are captured in|rows are packed")
+CAPTURED = re.compile(r"steps (?:with pictures )?are captured in|rows are packed")
 NOT_CAPTURED = re.compile(r".*(?:cannot be captured|are not captured|one operation at a time|do not fit the memory as a captured).*")
 
 
@@ -148,6 +148,20 @@ class Bench:
             self.figures[f"{what}: instead"] = found
 
 
+def rows_with_pictures(folder: Path, count: int) -> Path:
+    """A file of so many questions about a picture each, of noise; in each answer are 5 to 24 words."""
+    from support.shown import noise
+
+    folder.mkdir(exist_ok=True)
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for n in range(count):
+            noise(n, (96, 64)).save(folder / f"{n}.png")
+            answer = " ".join(WORDS[(7 * n + k * (1 + n % 5)) % len(WORDS)] for k in range(5 + 7 * n % 20))
+            file.write(json.dumps({"images": [f"{n}.png"], "messages": [
+                {"role": "user", "content": f"<image>Number {n}: what is it?"}, {"role": "assistant", "content": answer}]}) + "\n")
+    return folder / "rows.jsonl"
+
+
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 def train(bench: Bench) -> None:
@@ -221,6 +235,29 @@ def loss(bench: Bench) -> None:
     bench.expect("held-out loss is within 0.5 % of the eager one",
                  abs(losses["captured"] / losses["eager"] - 1) <= 0.005)
     bench.expect("with dropout within 2 %", abs(losses["captured, dropout"] / losses["eager, dropout"] - 1) <= 0.02)
+
+
+def pictures(bench: Bench) -> None:
+    """A Gemma 3 of random weights that sees, its text model as large as the 270M's: steps on pictures, captured and one kernel
+    at a time."""
+    folder, run = bench.work / "seeing", bench.work / "run-pictures"
+    shape = "" if bench.small else (", side=224, parts=64, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, "
+                                    "num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256, initializer_range=0.02")
+    if not (folder / "config.json").is_file():
+        bench.run([sys.executable, "-c", "import sys; from pathlib import Path; from support.models import make_seeing; "
+                   f"make_seeing(Path(sys.argv[1]){shape})", folder], "seeing")
+    rows = rows_with_pictures(bench.work / "pictures", 24 if bench.small else 480)
+    bench.run([sys.executable, "-m", "gemma_tune", "prepare", rows, "--model", folder, "--run", run, "--force", "--valid",
+               8 if bench.small else 48, "--duplicates", "keep"], "prepare-pictures")
+    captured = bench.found(bench.train(run, "--epochs", 2, "--force", log="captured"), "captured")
+    eager = bench.train(run, "--epochs", 2, "--force", "--no-cuda-graphs", log="eager")
+    bench.figures |= {f"eager {name}": value for name, value in eager.figures.items()}
+    bench.expect("held-out loss is within 0.5 % of the eager one",
+                 abs(captured.summary["eval_loss_after"] / eager.summary["eval_loss_after"] - 1) <= 0.005)
+    name = "steady_tokens_per_second"
+    if bench.on_gpu:
+        bench.figures["times the eager tokens/s"] = ratio = captured.figures[name] / eager.figures[name]
+        bench.expect("captured steps are faster", ratio > 1)
 
 
 def chat(bench: Bench) -> None:
@@ -353,6 +390,7 @@ PARTS = (
     Part("loss", "held-out loss, captured and one kernel at a time", loss, 300, 150),
     Part("preferences", "train --method dpo, and kto", preferences, 200, 100),
     Part("uneven", "rows of very uneven lengths", uneven, 120),
+    Part("pictures", "steps on pictures, captured and one kernel at a time", pictures, 240, 120),
     Part("chat", "20 turns with base and tuned model", chat, 200, 100),
     Part("memory", "planned, reserved, resumed; fp32 with windows", memory, 300, 150),
     Part("large", "the 4B at 32 rows, bf16 and QLoRA, against the matrix limit", large, 500, 200),

@@ -40,10 +40,11 @@ def chosen(*names: str) -> list[Part]:
 
 @pytest.mark.timeout(600)
 def test_parts_are_measured_one_after_the_other(results, tmp_path):
-    status, found = results(chosen("preferences", "chat", "contender"))
+    status, found = results(chosen("preferences", "pictures", "chat", "contender"))
     assert status == 0, found
     assert {name: line["status"] for name, line in found.items()} == {
-        "preferences": "measured", "chat": "measured", "contender": "left out"}
+        "preferences": "measured", "pictures": "measured", "chat": "measured", "contender": "left out"}
+    assert found["pictures"]["figures"].keys() >= {"captured tokens_per_second", "eager tokens_per_second"}
     assert found["preferences"]["figures"]["kto tokens_per_second"] > 0
     assert len(found["chat"]["figures"]["base"]["first"]) == 3 and found["chat"]["checks"]["every turn was answered"]
     said = (tmp_path / "out/summary.txt").read_text()
@@ -123,6 +124,8 @@ def test_why_a_training_was_left_out_is_told(tmp_path):
 @pytest.mark.parametrize(("notes", "held"), [
     ("· steps are captured in 3 shapes of up to 48 tokens; padding adds 9%", [True, True]),
     ("· rows are packed: padding 1% instead of 30%, in 80% of the time", [True, True]),
+    ("· steps with pictures are captured in 1 shape of up to 96 tokens; padding adds 9%", [True, True]),
+    ("· steps are captured in 3 shapes\n· steps with pictures cannot be captured here and go one kernel at a time: no", [True, False]),
     ("· steps are captured in 3 shapes\n· steps cannot be captured here and go one kernel at a time: no", [True, False]),
     ("· layers go one operation at a time, as Triton's kernels do not run here: x\n· steps are captured in 1 shape", [True, False]),
     ("· steps are not captured: in fp16 the loss scaler has to look", [False, False])])

@@ -41,8 +41,14 @@ def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def make_seeing(folder: Path, *, seed: int = 0) -> Path:
-    """A random Gemma 3 that sees, as a checkpoint with what prepares its pictures."""
+def make_seeing(folder: Path, *, seed: int = 0, side: int = 56, parts: int = 4, **changes: Any) -> Path:
+    """A random Gemma 3 that sees, as a checkpoint with what prepares its pictures.
+
+    Args:
+        side: pixels to a side that it sees.
+        parts: tokens of a picture.
+        changes: to the configuration of its text model.
+    """
     import torch
     from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -52,14 +58,14 @@ def make_seeing(folder: Path, *, seed: int = 0) -> Path:
     text = dict(
         vocab_size=size + 3, hidden_size=64, intermediate_size=96, initializer_range=0.2, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=64,
-        max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-    tower = dict(hidden_size=32, intermediate_size=32, initializer_range=0.2, num_hidden_layers=1, num_attention_heads=2, image_size=56,
+        max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=2) | changes
+    tower = dict(hidden_size=32, intermediate_size=32, initializer_range=0.2, num_hidden_layers=1, num_attention_heads=2, image_size=side,
                  patch_size=14)
     torch.manual_seed(seed)
-    network = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4,
+    network = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=parts,
                                                           boi_token_index=begin, eoi_token_index=end, image_token_index=soft))
     torch.nn.init.normal_(network.model.multi_modal_projector.mm_input_projection_weight, std=0.3)  # zeros by themselves
     network.to(torch.bfloat16).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_seq_length": 4, "size": {"height": 56, "width": 56}}))
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_seq_length": parts, "size": {"height": side, "width": side}}))
     return folder
