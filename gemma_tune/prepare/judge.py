@@ -27,13 +27,13 @@ from gemma_tune.base.machine import ending_signals, held
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats, Problem, RowError
+from gemma_tune.data.conversations.kept_pictures import NoticedPictures, Pictures, not_looked_at
 from gemma_tune.data.conversations.layouts import with_calls_as_text
 from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
 from gemma_tune.encoding.sequences import MARK, Encoder, Outcome, PreparedRow, first_learned, marks_of
 from gemma_tune.prepare.near import signature, unlike
-from gemma_tune.prepare.pictures import NoticedPictures, Pictures
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
 from gemma_tune.prepare.unread import UnreadCounts
@@ -214,8 +214,7 @@ class Judge:
             return example.as_row()
         if any("pictures" in turn for turn in example.messages):
             if self.pictures is None:
-                raise RowError([Problem("pictures", f"the row has a picture, and {self.blind}",
-                                        "use a model that sees, such as google/gemma-3-4b-it, or leave the row out")])
+                raise not_looked_at(self.blind)
             example = replace(example, messages=self.pictures.taken(row, example.messages, judged.noticed.pictures))
         judged.noticed.folded += self.chat.folds_system and example.messages[0]["role"] == "system"
         judged.noticed.reasoning += any(

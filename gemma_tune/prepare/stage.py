@@ -26,13 +26,13 @@ from gemma_tune.base.words import last_name
 from gemma_tune.config.most_rows import as_text
 from gemma_tune.config.settings import as_before, in_words
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.conversations.picture_files import place_of, require_folder
+from gemma_tune.data.conversations.picture_files import require_folder
 from gemma_tune.data.reading.dataset_info import file_of
 from gemma_tune.data.reading.names import TEXT_FORMAT, how_of
 from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import STDIN, Source, built_in, find_sources
 from gemma_tune.encoding.chat_format import ChatFormat, NoTemplate
-from gemma_tune.encoding.eye import blindness, eye_of
+from gemma_tune.encoding.eye import eye_of
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.templates import COMPLETION, NAMED, OWN, named_template
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer, read_template
@@ -40,16 +40,15 @@ from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.models.known import known_config, other_task
 from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
-from gemma_tune.prepare import picture_inputs
 from gemma_tune.prepare.drawing import limits_of, meant
 from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.passes import passes
-from gemma_tune.prepare.pictures import Pictures
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
 from gemma_tune.run.directory import PICTURES, command, describe
 from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.foreign import refuse_foreign_in_data, refuse_inside_data
 from gemma_tune.run.manifest import JUDGED, PAIRS, read_manifest
+from gemma_tune.run.pictures import blind, keep_tried, kept_in, others_now
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, as_recorded, locked, nothing_left_of, run_stage
 from gemma_tune.run.state import NEEDS, state_of
@@ -98,7 +97,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: Callable[[Session, 
     if recorded and recorded["summary"].get("encoding") != encoding_key(recorded["base"]):
         session.listener.note("`prepare` runs again: other versions of the code or its libraries made the tokens")
         session = replace(session, force=True)
-    elif recorded and (others := picture_inputs.others_now(session.run)):
+    elif recorded and (others := others_now(session.run, session.run.picture_files)):
         session.listener.note(f"`prepare` runs again: {others}")
         session = replace(session, force=True)
 
@@ -287,7 +286,8 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                                 "is continued as it stands, also in `chat` and in Ollama")
     _tell_of_model(session, chat, saved_as)
     foretell(session, chat)
-    judge = Judge(chat, config, _pictures(session, chat, [*sources, *held_out]), _blind(session, chat))
+    pictures = kept_in(fresh_path(run.data) / PICTURES, session, chat, [*sources, *held_out], config.pictures)
+    judge = Judge(chat, config, pictures, blind(session, chat))
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()
         explain(judge, work.findings.noticed, config, listener)
@@ -297,7 +297,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
         refuse_empty_sides(decided.selection, config, bool(held_out), decided.are_texts)
         report, tools = work.write(decided), work.findings.noticed.tools
         sequences = rows_of(folder / run.tokens.name)
-        picture_inputs.keep(run, folder / run.picture_files.name, work.findings.noticed.pictures.tried)
+        keep_tried(run, folder / run.picture_files.name, work.findings.noticed.pictures.tried)
         if template:
             shutil.copyfile(template, folder / run.chat_template.name)
     run.refused_rows.unlink(missing_ok=True)
@@ -311,25 +311,6 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
                                                  SEQUENCES: sequences,
                                                  "encoding": encoding_key(session.model.fingerprint)},
                     {run.data: folder})
-
-
-def _pictures(session: Session, chat: ChatFormat, sources: Sequence[Source]) -> Pictures | None:
-    """What takes the rows' pictures into the new directory of data, where the model sees."""
-    if chat.eye is None:
-        return None
-    named = session.config.pictures
-    named = session.run.found(named) if named else None  # it is relative to the run by now
-    chat.eye.folder = fresh_path(session.run.data) / PICTURES
-    places = {source.name: place_of(source, named, session.run.inputs) for source in sources}
-    return Pictures(chat.eye.folder, places, chat.eye)
-
-
-def _blind(session: Session, chat: ChatFormat) -> str:
-    """Why nothing can be learned from a picture, as the end of a sentence that names it; empty if something can."""
-    why, model = blindness(session.model.path, chat.tokenizer), session.model.id
-    if not why or why.startswith("the model "):
-        return why.replace("the model", model, 1)
-    return f"nothing can be learned from it with {model}: {why}"
 
 
 def _refuse_other_than_learned(session: Session, made: Finished) -> None:

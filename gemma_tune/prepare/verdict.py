@@ -15,6 +15,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near
 from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.data.conversations.kept_pictures import NoticedPictures
 from gemma_tune.data.conversations.uneven import IN_WORDS
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.ollama.template import layout_of, tools_are_lost
@@ -22,7 +23,7 @@ from gemma_tune.prepare.ends import MOST, SHORTEST, are_few
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Noticed
-from gemma_tune.prepare.pictures import NoticedPictures, likely_folder
+from gemma_tune.prepare.pictures import likely_folder
 from gemma_tune.prepare.selection import Selection
 from gemma_tune.prepare.split import FEWEST
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS

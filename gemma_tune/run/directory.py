@@ -89,7 +89,7 @@ class RunDir:
 
     @property
     def picture_files(self) -> Path:
-        """Where the rows' pictures were looked for, see ``prepare.picture_inputs``."""
+        """Where the rows' pictures were looked for, see ``run.pictures``."""
         return self.data / "picture_files.json"
 
     @property

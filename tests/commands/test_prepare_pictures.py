@@ -14,8 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
+from gemma_tune.data.conversations import kept_pictures as module
 from gemma_tune.prepare import passes
-from gemma_tune.prepare import pictures as module
 from support.command import MANIFEST_SCHEMA, invoke, rows, write_rows
 from support.models import make_seeing
 from support.picture_files import as_bytes, drawn, moving, name_of, prepared_row, save, shown, turned
