@@ -183,9 +183,10 @@ def chat(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, promp
 
 @app.command("eval", cls=Command)
 def evaluate(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, data: o.EvalData = None,
-             limit: o.Limit = None, questions: o.Questions = None, max_new_tokens: o.EvalTokens = None,
-             tasks: o.Tasks = None, seed: o.EvalSeed = None, dtype: o.Dtype = None, force: o.Force = False,
-             quiet: o.Quiet = False, json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+             pictures: o.EvalPictures = None, limit: o.Limit = None, questions: o.Questions = None,
+             max_new_tokens: o.EvalTokens = None, tasks: o.Tasks = None, seed: o.EvalSeed = None,
+             dtype: o.Dtype = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
+             config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Compare the base and the tuned model on held-out rows: losses, and answers side by side.
 
     Reads the adapter and data/valid.jsonl, or with --data other rows. Writes report.md, answers.json and report.html,

@@ -215,6 +215,7 @@ Image = Annotated[Optional[list[str]], typer.Option(
 
 Questions = Annotated[Optional[int], _of(c.EvalConfig, "questions")]
 EvalData = Annotated[Optional[str], _of(c.EvalConfig, "data", metavar="FILE")]
+EvalPictures = Annotated[Optional[str], _of(c.EvalConfig, "pictures", metavar="DIR")]
 Limit = Annotated[Optional[int], _of(c.EvalConfig, "limit", metavar="N")]
 Tasks = Annotated[Optional[list[str]], _of(c.EvalConfig, "tasks", metavar="NAMES", callback=_joined)]
 EvalSeed = Annotated[Optional[int], _of(c.EvalConfig, "seed")]

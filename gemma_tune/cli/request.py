@@ -72,9 +72,11 @@ class Request:
         return dataclasses.replace(self, options={**self.options, **options})
 
     def given(self, stage: str) -> dict[str, Any]:
-        """The options that are settings of ``stage``; the DATA of `run` are those of `prepare` alone."""
+        """The options that are settings of ``stage``; the DATA of `run`, and their pictures, are those of `prepare`
+        alone."""
+        prepares = "columns" in self.options
         return {f.name: self.options[f.name] for f in dataclasses.fields(CONFIGS[stage]) if f.name in self.options
-                and (stage == "prepare" or f.name != "data" or not isinstance(self.options["data"], list))}
+                and (stage == "prepare" or f.name not in ("data", "pictures") or not prepares)}
 
     def settings(self, stage: str) -> Any:
         """The settings of ``stage``, as far as they are known before its model.

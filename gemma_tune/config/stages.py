@@ -461,6 +461,8 @@ class EvalConfig(StageConfig):
     section: ClassVar[str] = "eval"
     data: str = option("valid", "Rows to compare base and tuned model on: a file that `prepare` reads, or `valid` for "
                                 "the run's validation rows.")
+    pictures: str | None = option(None, "Folder in which the relative paths of pictures begin that rows of --data "
+                                        "name.", auto="as `prepare` was told, else that of each file")
     limit: int = option(200, "Rows whose loss is measured, a sample by --seed where there are more, and examples of "
                              "each of --tasks; 0 takes all.", least=0)
     questions: int = option(10, "How many held-out rows the base and the tuned model answer.", least=1,

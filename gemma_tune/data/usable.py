@@ -6,8 +6,8 @@ stands for itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,17 +16,17 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats
-from gemma_tune.data.conversations.problems import Problem, RowError
+from gemma_tune.data.conversations.problems import RowError
 from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import Row, Source, read_blocks
 from gemma_tune.data.reading.text import TextFile
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 
-_PICTURE = Problem("pictures", "the row has a picture, and those of a file that is named beside the data are not "
-                               "looked at", "leave the row out, or keep it aside with `prepare --valid`")
 _PASSAGE = 8192  # characters of plain text that are taken as one row
 T = TypeVar("T")
+Turns = list[dict[str, Any]]
+Showing = Callable[[Row, Turns], Turns]  # what becomes of a row's turns with pictures; it may raise RowError
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,14 @@ def sampled(items: Iterable[T], most: int, seed: int = 0) -> list[T]:
     return kept
 
 
-def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig) -> tuple[list[Usable], list[str]]:
+def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig, showing: Showing,
+           ) -> tuple[list[Usable], list[str]]:
     """Check rows and turn them into tokens.
 
     Args:
         encoder: with the run's chat format.
         config: says how rows are read and what is checked.
+        showing: is asked for the turns of rows with pictures.
 
     Returns:
         The rows that can be used, and what is wrong with each of the others, a line for each.
@@ -89,7 +91,7 @@ def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig) -> tupl
             if problems := checks.problems(example):
                 raise RowError(problems)
             if any("pictures" in turn for turn in example.messages or ()):
-                raise RowError([_PICTURE])
+                example = replace(example, messages=showing(row, example.messages))
         except RowError as e:
             faults.append(f"{row.file}:{row.line}: {'; '.join(f'{p.reason} ({p.fix})' for p in e.problems)}")
         else:

@@ -10,6 +10,7 @@ what they depend on beside the data, see :func:`encoding_key`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -173,17 +174,22 @@ def _pictured(table: Any) -> np.ndarray:
 
 
 def digests_of(dataset: Any) -> set[bytes]:
-    """What tells each sequence's ids from others, see :func:`digest`."""
+    """What tells each sequence from others, see :func:`digest`."""
     found = set()
-    for chunk in dataset.data.column("input_ids").chunks:
-        ids, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
-        found |= {digest(ids[start:end]) for start, end in zip(ends[:-1], ends[1:])}
+    for batch in dataset.data.to_batches():
+        ids, ends = batch["input_ids"].values.to_numpy(), batch["input_ids"].offsets.to_numpy()
+        names = batch[PICTURES].to_pylist() if PICTURES in batch.schema.names else itertools.repeat(b"")
+        found |= {digest(ids[start:end], pictures.decode().split())
+                  for start, end, pictures in zip(ends[:-1], ends[1:], names)}
     return found
 
 
-def digest(ids: np.ndarray) -> bytes:
-    """Of one sequence's ids (tokens,), whatever their type."""
-    return hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
+def digest(ids: np.ndarray, pictures: Sequence[str] = ()) -> bytes:
+    """Of one sequence's ids (tokens,), whatever their type, and the names of its pictures, whose tokens are all the
+    same."""
+    found = hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16)
+    found.update(" ".join(pictures).encode())
+    return found.digest()
 
 
 def liked(dataset: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from gemma_tune import samples
 from gemma_tune.answers.prompts import headline, shown
 from gemma_tune.base.words import counted
-from gemma_tune.encoding.eye import pictures_of
+from gemma_tune.encoding.eye import PICTURES, pictures_of
 from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, rough_rows, task_rows
 from gemma_tune.run.session import Session
 
@@ -87,9 +87,13 @@ def _quoted(text: str) -> list[str]:
 
 def _with_pictures(session: Session, turn: Mapping[str, Any]) -> str:
     """A turn's text below its pictures, which lie in the run as the report does."""
-    places = [session.run.pictures / name for name in pictures_of([turn])]
-    pictures = [f"![{place.name}]({session.run.relative(place)})" for place in places]
+    pictures = [_picture(session, name) for name in pictures_of([turn])]
     return "\n\n".join([*pictures, *filter(None, [shown(turn)])])
+
+
+def _picture(session: Session, name: str) -> str:
+    folder = session.run.evaluated / PICTURES if session.config.data_file else session.run.pictures
+    return f"![{name}]({session.run.relative(folder / name)})"
 
 
 def _without_tags(line: str) -> str:

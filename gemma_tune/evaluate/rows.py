@@ -14,9 +14,10 @@ from gemma_tune.answers.prompts import Prompt, prompt_of
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted
 from gemma_tune.data.usable import sampled
-from gemma_tune.encoding.chat_format import ChatFormat, FormatError
+from gemma_tune.encoding.chat_format import ChatFormat, Encoded, FormatError
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.encoding.tokens import digest, digests_of, open_tokens
+from gemma_tune.evaluate.pictures import shown_in_file
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of, wanted_of_sequence
 from gemma_tune.measure.likelihood import Wanted
 from gemma_tune.run.directory import command
@@ -134,7 +135,8 @@ def _of_run(session: Session, encoder: Encoder, limit: int) -> tuple[list[Prepar
 
 
 def _of_file(session: Session, encoder: Encoder, limit: int) -> tuple[list[PreparedRow], int]:
-    rows, there = FILE.rows(session, session.config.data_file, encoder, limit, session.config.seed)
+    with shown_in_file(session, encoder.chat) as showing:
+        rows, there = FILE.rows(session, session.config.data_file, encoder, limit, showing, session.config.seed)
     rows.sort(key=lambda one: (one.row.file, one.row.line))
     return [one.example for one in rows], there
 
@@ -203,9 +205,13 @@ def _tell_trained(session: Session, rows: Sequence[tuple[PreparedRow, Outcome]])
     """Rows that were learned say little about others."""
     path = session.run.tokens / "train.arrow"
     learned = digests_of(open_tokens(path)) if path.is_file() else set()
-    if known := sum(any(digest(sequence.ids) in learned for sequence in outcome.full) for _, outcome in rows):
+    if known := sum(any(_digest(sequence) in learned for sequence in outcome.full) for _, outcome in rows):
         session.listener.warn(f"the training had {known:,} of {counted(len(rows), 'row')} itself: what is measured on "
                               "them is not held out")
+
+
+def _digest(sequence: Encoded) -> bytes:
+    return digest(sequence.ids, [name for name, _ in sequence.pictures])
 
 
 def _more_aside(session: Session, wanted: int, there: int) -> str:

@@ -12,8 +12,9 @@ from gemma_tune.answers.generation import Answer
 from gemma_tune.answers.prompts import tool_names
 from gemma_tune.base.checkpoint import read_config, vocabulary_of
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import fresh_path, write_atomic, write_json
+from gemma_tune.base.files import fresh_path, new_directory, remove, write_atomic, write_json
 from gemma_tune.base.words import counted
+from gemma_tune.data.conversations.picture_files import require_folder
 from gemma_tune.encoding.eye import eye_of
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.compare import (
@@ -26,6 +27,7 @@ from gemma_tune.evaluate.compare import (
     worse_at_the_rows,
 )
 from gemma_tune.evaluate.markdown import report
+from gemma_tune.evaluate.pictures import leave_others_out, other_pictures, with_folder
 from gemma_tune.evaluate.rows import FILE, Question, choose, nothing_to_measure
 from gemma_tune.evaluate.sight import base_that_sees
 from gemma_tune.evaluate.tasks import Tasks, compared, found_names, with_files
@@ -59,9 +61,15 @@ def evaluate_alone(session: Session) -> StageReport:
     """
     session.require("eval")
     require_tasks(found_names(session))
-    session, files = FILE.with_file(session, session.config.data_file)
+    session, files = FILE.with_file(with_folder(session), session.config.data_file)
     session, task_files = with_files(session)
+    if session.config.data_file and (others := other_pictures(session)):
+        session.listener.note(f"`eval` runs again: {others}")
+        session = replace(session, force=True)
     done = run_stage(session, "eval", _evaluate, files | task_files, elsewhere=_from_elsewhere(session, files))
+    before = session.manifest.stages.get("eval", {"outputs": {}})["outputs"]
+    if "pictures" in before.keys() - done.artifacts.keys():  # of other rows
+        remove(session.run.evaluated)
     given = json.loads(Path(done.artifacts["answers"]).read_text(encoding="utf-8"))
     _tell(session, done.summary)
     return replace(done, summary={**done.summary, "answers": given})
@@ -95,9 +103,23 @@ def require_settings(config: Any) -> None:
     """
     require_tasks(config.tasks)
     FILE.require(config.data_file)
+    require_folder(config.pictures)
 
 
 def _evaluate(session: Session) -> Finished:
+    run = session.run
+    if session.config.data_file is None:
+        return _measured(session)
+    with new_directory(run.evaluated) as folder:
+        done = _measured(session)
+    if not any(folder.iterdir()):  # texts alone
+        remove(folder)
+        return done
+    return replace(done, outputs={**done.outputs, "pictures": run.evaluated},
+                   fresh={**done.fresh, run.evaluated: folder})
+
+
+def _measured(session: Session) -> Finished:
     config, listener = session.config, session.listener
     # An adapter from elsewhere may come without a tokenizer; what was merged has the one that goes with it.
     elsewhere = "train" not in session.manifest.stages
@@ -122,6 +144,7 @@ def _evaluate(session: Session) -> Finished:
     for said in filter(None, (worse_at_the_rows(measures), worse_at_general_text(measures))):
         listener.warn(said)
     side_by_side = _compared(chosen.questions, given)
+    leave_others_out(session, {name for question in chosen.questions for name in question.prompt.pictures})
     outputs = {"report": session.run.report, "answers": session.run.answers}
     made = {path: fresh_path(path) for path in outputs.values()}
     write_atomic(made[outputs["report"]], report(session, {**summary, "answers": side_by_side}).encode())

@@ -61,13 +61,16 @@ def calibration_rows(session: Session, source: ExportSource, tokens: int = TOKEN
         tokens -= sum(map(len, general))
     more = sum(map(len, general))
     if session.config.calibration_file:
-        own, of = sample(file_rows(session, source.chat), tokens), f"of {named_file(session)}"
+        rows, pictures = file_rows(session, source.chat)
+        own, of = sample(rows, tokens), f"of {named_file(session)}"
     else:
         trained, reason = encoded_rows(session, "train")
         if trained is None:
             return general, f"{counted(more, 'token')} of general text alone: {reason}"
         own, of = sample(trained, tokens, _of_pictures(source.chat)), "of the training rows"
-        of += ", without their pictures," if pictured(trained).any() else ""
+        pictures = bool(pictured(trained).any())
+    if pictures:
+        of += ", without pictures,"
     return [*own, *general], f"{counted(sum(map(len, own)), 'token')} {of} and {more:,} of general text"
 
 

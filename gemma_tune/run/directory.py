@@ -21,7 +21,7 @@ _FINISHED = "finished-"  # before a training's id, see RunDir.finished
 # What commands make in a run directory, its ollama/ and its inputs/: patterns of names, as the lock knows no model's.
 MADE = ("manifest.json", NEXT_MANIFEST, ".lock-owner.json", "data", "*_lora_adapter", "*_lora_adapter_worse",
         "*_sft_adapter", "*_start_adapter_*", "*_lora_merged", "adapter-*", "report.md", "report.html", "answers.json",
-        "train.yaml", "tune.yaml", "tune.json", "seen")
+        "train.yaml", "tune.yaml", "tune.json", "seen", "evaluated")
 MADE_FOR_OLLAMA = ("*.gguf*", "Modelfile*", "report.md", "*_lora_merged")
 PIPED = ("stdin*",)
 
@@ -97,6 +97,12 @@ class RunDir:
         """What the model saw in these pictures, see ``answers.sight``. It can be deleted at any time: a training
         looks at them again."""
         return self.root / "seen"
+
+    @property
+    def evaluated(self) -> Path:
+        """Of the rows that ``eval --data`` names: a directory of the pictures that were asked about, and where all were
+        looked for, named as in ``data/``; only there where they name or hold some."""
+        return self.root / "evaluated"
 
     @property
     def inputs(self) -> Path:

@@ -58,7 +58,7 @@ def refuse_occupied(run: RunDir, stage: str) -> None:
     """
     if _was_a_run(run):
         return
-    places = [run.merged, run.ollama, run.report, run.html_report, run.answers]
+    places = [run.merged, run.ollama, run.report, run.html_report, run.answers, run.evaluated]
     if stage == "prepare":
         places += [run.data, run.checkpoints, run.adapter, run.sft_adapter, *run.start_adapters(), run.worse_adapter,
                    run.train_settings, run.tune_settings, run.tuning, run.metrics, run.samples, run.reference, run.plot,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.data.reading.hub_rows import PREFIX
 from gemma_tune.data.reading.names import TEXT_FORMAT, How, how_of
 from gemma_tune.data.reading.sources import STDIN, Row, Source, built_in, find_sources
-from gemma_tune.data.usable import Usable, rows_of, sampled, usable
+from gemma_tune.data.usable import Showing, Usable, rows_of, sampled, usable
 from gemma_tune.encoding.sequences import Encoder
 from gemma_tune.run.prepared import prepared_as
 from gemma_tune.run.session import Session
@@ -91,9 +91,12 @@ class RowFile:
             # As which a run may have been prepared, and with options that say how its rows are read.
             find_sources([name], Path(), how=How(format=TEXT_FORMAT, read_by=("--format",)))
 
-    def rows(self, session: Session, named: str, encoder: Encoder, most: int, seed: int = 0,
-             ) -> tuple[list[Usable], int]:
+    def rows(self, session: Session, named: str, encoder: Encoder, most: int,
+             showing: Callable[[Sequence[Source]], Showing], seed: int = 0) -> tuple[list[Usable], int]:
         """The rows of the file, laid out by the run's chat template; of more than ``most`` a sample from all over it.
+
+        Args:
+            showing: gives, for the files behind the name, what is asked for the turns of rows with pictures.
 
         Returns:
             The rows in the order of the file, and how many it has.
@@ -102,16 +105,17 @@ class RowFile:
             UserError: it cannot be read, or more of its rows cannot be used than ``prepare`` allowed.
         """
         config, listener, count = prepared_as(session), session.listener, 0
+        sources = self.sources(session, named, listener)
 
         def read() -> Iterator[Row]:
             nonlocal count
-            for source in self.sources(session, named, listener):
+            for source in sources:
                 for row in rows_of(source, listener):
                     count += 1
                     yield row
 
         rows = sampled(read(), most, seed)
-        good, faults = usable(rows, encoder, config)
+        good, faults = usable(rows, encoder, config, showing(sources))
         name = self.found(session, named)
         if not good or len(faults) / len(rows) > config.max_rejected:
             shown = [*faults[:_SHOWN], *([f"… and {len(faults) - _SHOWN:,} more"] if len(faults) > _SHOWN else [])]

@@ -71,7 +71,7 @@ def test_what_measures_text_leaves_pictures_out(cli, run, model, calibrated, whi
         result = cli("export-ollama", "--quant", "q4_0,q8_0", "--host", server.url, "--allow-difference", "--json")
     assert result.code == 0, result.err
     said = " ".join(result.err.split())
-    assert "tokens of the training rows, without their pictures, and " in said
+    assert "tokens of the training rows, without pictures, and " in said
     own = [[*row["input_ids"]] for row in open_tokens(run / "data/tokens/train.arrow")]
     soft = json.loads((model / "config.json").read_text())["image_token_index"]
     assert sum(row.count(soft) for row in own) == 4 * sum(map(which, range(6)))

@@ -24,6 +24,8 @@ from gemma_tune.export.quant_loss import validation_rows
 from gemma_tune.measure.general import calibration_rows_of, measuring_rows_of
 from gemma_tune.run.prepared import prepared_as
 from gemma_tune.run.session import open_session
+from support.command import write_rows
+from support.picture_files import prepared_row, shown
 
 QUESTION, ANSWER = "Which way is north?", "Where the moss grows."
 CHAT = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
@@ -83,6 +85,18 @@ def test_a_file_is_read_as_prepare_reads_it_and_laid_out_by_the_runs_template(ro
     assert said.startswith(f"{len(expected)} tokens of {name} and ")
 
 
+def test_of_rows_with_pictures_the_text_is_taken(rows_of, chat):
+    """Whether the model sees does not matter, nor whether the pictures are there."""
+    asked = [shown("gone.png", b"GIF89a", question=QUESTION, answer=ANSWER), prepared_row("b.png", question=QUESTION, answer=ANSWER)]
+    write_rows(Path("seen.jsonl"), asked)
+    own, _, said = rows_of("seen.jsonl")
+    [expected] = [encoded.ids.tolist() for encoded in chat.encode(CHAT["messages"])]
+    assert own == [expected] * 2
+    assert said.startswith(f"{2 * len(expected)} tokens of seen.jsonl, without pictures, and ")
+    write_rows(Path("text.jsonl"), [CHAT])
+    assert "pictures" not in rows_of("text.jsonl")[2]
+
+
 @pytest.mark.parametrize("name", ["long.txt.gz", "long.md.gz"])
 def test_plain_text_is_taken_in_pieces(rows_of, chat, monkeypatch, name):
     monkeypatch.setattr(usable, "_PASSAGE", 100)
@@ -112,7 +126,7 @@ def test_a_few_rows_that_cannot_be_used_are_left_out_and_said(trained, chat, mon
     session = open_session("export-ollama", trained, calibration="some.jsonl")
     warned: list[str] = []
     monkeypatch.setattr(session.listener, "warn", warned.append)
-    assert len(calibration_file.file_rows(session, chat)) == 10 - bad
+    assert len(calibration_file.file_rows(session, chat)[0]) == 10 - bad
     [warning] = warned
     assert warning.startswith(f"{said} of some.jsonl cannot be used to calibrate by; the first is some.jsonl:{11 - bad}: ")
 

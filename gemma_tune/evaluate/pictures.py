@@ -1,0 +1,76 @@
+"""The pictures of rows that ``eval --data`` names: looked for as ``prepare`` looks for those of the run, and kept in
+``evaluated/``, as far as the report shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gemma_tune.base.errors import UserError
+from gemma_tune.base.files import fresh_path
+from gemma_tune.data.conversations.kept_pictures import NoticedPictures, not_looked_at
+from gemma_tune.data.conversations.picture_files import require_folder
+from gemma_tune.data.reading.rows import Row, Source
+from gemma_tune.data.usable import Showing, Turns
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.eye import PICTURES
+from gemma_tune.run.pictures import blind, keep_tried, kept_in, others_now
+from gemma_tune.run.session import Session
+
+
+def with_folder(session: Session) -> Session:
+    """The session with the folder of ``--pictures`` as the manifest keeps it.
+
+    Raises:
+        UserError: it is not there, or no rows are named whose pictures lie there.
+    """
+    named, kept = session.config.pictures, None
+    if session.config.data_file is None and named and "pictures" in session.given:
+        raise UserError("--pictures is for rows of a file, and the pictures of the validation rows are in the run",
+                        "name the rows with --data FILE, or leave --pictures out")
+    if session.config.data_file and named:
+        named = named if "pictures" in session.given else session.run.found(named)
+        require_folder(named)
+        kept = session.run.relative(Path(os.path.expanduser(named)))
+    resolved = replace(session.resolved, config=replace(session.config, pictures=kept))
+    return replace(session, resolved=resolved, given=set(session.given) - {"pictures"})
+
+
+def other_pictures(session: Session) -> str | None:
+    """What became of the files since, in which the rows' pictures were looked for; None where all is the same."""
+    return others_now(session.run, session.run.evaluated / session.run.picture_files.name)
+
+
+@contextlib.contextmanager
+def shown_in_file(session: Session, chat: ChatFormat) -> Iterator[Callable[[Sequence[Source]], Showing]]:
+    """What takes the pictures of a file's rows into the successor of ``evaluated/``, where the model has an eye, and
+    lets it find them there; where they were looked for is kept there as well."""
+    folder, noticed = fresh_path(session.run.evaluated), NoticedPictures()
+
+    def showing(sources: Sequence[Source]) -> Showing:
+        named = session.config.pictures or session.settings_of("prepare").get("pictures")
+        pictures, why = kept_in(folder / PICTURES, session, chat, sources, named), blind(session, chat)
+
+        def shown(row: Row, turns: Turns) -> Turns:
+            if pictures is None:
+                raise not_looked_at(why)
+            return pictures.taken(row, turns, noticed)
+
+        return shown
+
+    yield showing
+    keep_tried(session.run, folder / session.run.picture_files.name, noticed.tried)
+
+
+def leave_others_out(session: Session, asked: Collection[str]) -> None:
+    """Remove the pictures of a file's rows that are not asked about, which no report shows."""
+    folder = fresh_path(session.run.evaluated) / PICTURES
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name not in asked:
+                path.unlink()
+        with contextlib.suppress(OSError):  # some stay
+            folder.rmdir()
