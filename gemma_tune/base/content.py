@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 GGUF = b"GGUF"
@@ -15,6 +16,8 @@ _KNOWN = {
     b"\xfd7zXZ": "xz data", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"%PDF": "a PDF file",
     b"ggjt": _OLD, b"lmgg": _OLD, b"tjgg": _OLD, b"\x80\x02": "a Python pickle",
 }
+# How files of pictures begin: PNG, JPEG, GIF, WebP, BMP, TIFF.
+_PICTURE = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a.{0,6}\0|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", re.DOTALL)
 
 
 def head_of(path: Path) -> bytes:
@@ -30,6 +33,11 @@ def head_of(path: Path) -> bytes:
 def is_pointer(head: bytes) -> bool:
     """Whether Git left only a pointer to a large file, which a clone without Git LFS does."""
     return head.startswith(_POINTER)
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins like this is a picture."""
+    return bool(_PICTURE.match(head))
 
 
 def described(head: bytes) -> str:

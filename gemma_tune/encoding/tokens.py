@@ -28,7 +28,7 @@ SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.i
 PICTURES = "pictures"  # the column that tokens lack that were prepared before there were pictures
 # What decides how a row becomes tokens: a change in one of these files makes older tokens unusable.
 _SOURCES = ("encoding/*.py", "encoding/templates/*.jinja", "data/reading/*.py", "data/conversations/*.py",
-            "base/strict_json.py", "prepare/*.py")
+            "base/strict_json.py", "base/content.py", "prepare/*.py")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _BATCH, _MOST_TOKENS = 1_000, 1_000_000  # sequences and tokens that wait in memory for being written
 

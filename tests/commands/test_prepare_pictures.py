@@ -110,6 +110,18 @@ def test_several_processes_keep_a_picture_once(learn, monkeypatch):
     assert kept() == {name_of(as_bytes(drawn(n))) for n in range(4)}
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_picture_in_the_place_of_data_says_how_it_is_named_in_a_row(learn, format):
+    """By a row that is learned as soon as it is written."""
+    save("img/a.png", as_bytes(drawn(), format))
+    refused = learn("img/a.png", code=2)
+    assert refused["message"].startswith("img/a.png")
+    said, row = refused["hint"].split(": {", 1)
+    assert said == "it is a picture: write what is asked about it into a .jsonl file beside it, a line each"
+    Path("img/rows.jsonl").write_text("{" + row + "\n")
+    assert learn("img/rows.jsonl")["summary"]["pictures"] == 1
+
+
 def test_a_picture_is_decoded_once(learn, monkeypatch):
     looked, plain = [], module.examined
     monkeypatch.setattr(module, "examined", lambda content: looked.append(content) or plain(content))

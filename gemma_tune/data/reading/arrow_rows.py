@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.base import strict_json
+from gemma_tune.base.content import is_picture
 from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading.arrow_pieces import decoded, pieces
 from gemma_tune.data.reading.rows import BLOCK, MAX_ROW, Block, Row, repeated
@@ -141,13 +141,9 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None  # how data frames mark what is missing
 
 
-# How files of pictures begin: PNG, JPEG, GIF, WebP, BMP, TIFF.
-_PICTURE = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a.{0,6}\0|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", re.DOTALL)
-
-
 def _text(value: bytes) -> str | dict[str, str]:
     """Text, or a picture, as in `datasets`' Image feature: ``{"bytes": …, "path": …}``."""
-    if _PICTURE.match(value):
+    if is_picture(value):
         return {"base64": b64encode(value).decode()}
     try:
         return value.decode()

@@ -10,12 +10,14 @@ import codecs
 import contextlib
 import gzip
 import itertools
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from gemma_tune.base import shell
+from gemma_tune.base.content import is_picture
 from gemma_tune.base.errors import UserError
 from gemma_tune.data.reading.rows import BLOCK, Source
 
@@ -51,11 +53,6 @@ _MAGIC = {  # first bytes of what is often given by mistake, and what to do abou
 def compression(path: Path) -> str | None:
     """The compression that a file's name promises: ``gzip``, ``Zstandard`` or None."""
     return COMPRESSED.get(path.suffix.lower())
-
-
-def hint_by_content(head: bytes) -> str | None:
-    """What to do with a file that begins like this and was read as text; None when nothing is known."""
-    return next((hint for magic, hint in _MAGIC.items() if head.startswith(magic)), None)
 
 
 class TextFile:
@@ -226,13 +223,21 @@ class _Decoder:
         if wide := _utf16(self.head):
             return UserError(f"{self.name} seems to be UTF-16 text without its byte order mark",
                              f"{_NAME.format(wide)}, or save it as UTF-8")
-        return UserError(f"{self.name} is a binary file (byte {at})", hint_by_content(self.head) or _UTF8_HINT)
+        return UserError(f"{self.name} is a binary file (byte {at})", self._by_content() or _UTF8_HINT)
 
     def _undecodable(self, e: UnicodeDecodeError, good: str) -> UserError:
         label = {"utf-8": "UTF-8", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16"}.get(self.encoding, self.encoding)
         line = self.lines + good.count("\n") + 1
         return UserError(f"{self.name}:{line}: not {label} text (byte {e.object[e.start]:#04x}) at offset "
-                         f"{self._offset + e.start}", hint_by_content(self.head) or self._how_to_convert(_around(e)))
+                         f"{self._offset + e.start}", self._by_content() or self._how_to_convert(_around(e)))
+
+    def _by_content(self) -> str | None:
+        """What to do with a file that begins like this; None when nothing is known."""
+        if is_picture(self.head):
+            row = {"image": Path(self.name).name, "question": "…", "answer": "…"}
+            return ("it is a picture: write what is asked about it into a .jsonl file beside it, a line each: "
+                    f"{json.dumps(row, ensure_ascii=False)}")
+        return next((hint for magic, hint in _MAGIC.items() if self.head.startswith(magic)), None)
 
     def _how_to_convert(self, sample: bytes) -> str:
         """The command for what Windows and Excel write in East Asia, where that can be told by a sample, else for what
