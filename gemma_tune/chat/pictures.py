@@ -6,8 +6,6 @@ was named, and where the file lies as it was when it was shown.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import os
 import re
@@ -23,6 +21,7 @@ from urllib.parse import unquote
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import first_line
+from gemma_tune.data.conversations.picture_files import Unusable, decoded
 from gemma_tune.data.conversations.pictures import Picture, pictures_in
 from gemma_tune.encoding.eye import PICTURES, opened, png_of, with_parts
 
@@ -72,9 +71,9 @@ class Shown:
         if "path" in picture:
             return self.picture(folder / os.path.expanduser(picture["path"]))
         try:
-            content = base64.b64decode(picture["base64"], validate=True)
-        except (binascii.Error, ValueError) as e:
-            raise UserError(f"a picture is not written in base64: {first_line(e)}", _HINT) from e
+            content = decoded(picture["base64"])
+        except Unusable as e:
+            raise UserError(f"a picture {e.reason}", e.fix) from e
         name = hashlib.sha256(content).hexdigest()
         with self._lock:
             lies_at = str(self._kept(name, content))

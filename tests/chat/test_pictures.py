@@ -203,7 +203,7 @@ def test_pictures_of_rows(folder, tmp_path):
     """As readers give them, by path or in base64, wherever in the text they stand."""
     import base64
 
-    text = base64.b64encode((folder / "1.png").read_bytes()).decode()
+    text = base64.encodebytes((folder / "1.png").read_bytes()).decode()  # in lines, as mails have it
     turn = {"role": "user", "content": "ab", "pictures": [{"at": 1, "path": "0.png"}, {"at": 2, "base64": text}]}
     album = Shown()
     found = album.resolved(turn, folder)["pictures"]
@@ -219,7 +219,7 @@ def test_pictures_of_rows(folder, tmp_path):
     with pytest.raises(UserError, match="is no picture"):
         album.resolved({**turn, "pictures": [{"at": 0, "base64": "AAAA"}]}, folder)
     assert not [*Path(found[1]["lies_at"]).parent.iterdir()]
-    with pytest.raises(UserError, match="not written in base64"):
+    with pytest.raises(UserError, match="a picture is not Base64: "):
         album.resolved({**turn, "pictures": [{"at": 0, "base64": "%"}]}, folder)
     assert album.resolved({"role": "user", "content": "x"}, folder) == {"role": "user", "content": "x"}
     album.close()
