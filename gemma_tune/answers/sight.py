@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -131,23 +131,18 @@ class Seen:
         """Those of which there are no features yet."""
         return [name for name in names if not self._path(name).exists()]
 
-    def look(self, model: PreTrainedModel, names: Sequence[str], told: Callable[[int], None]) -> None:
-        """Compute and keep the features of these pictures.
-
-        Args:
-            told: called with how many there are by now.
+    def look(self, model: PreTrainedModel, name: str) -> None:
+        """Compute and keep the features of a picture.
 
         Raises:
-            OSError: a picture cannot be read.
+            OSError: it cannot be read.
             WorkFailed: they cannot be written.
         """
         from safetensors.torch import save_file
 
-        for done, name in enumerate(names, start=1):
-            features = see(model, self.eye, name)
-            with replacing(self._path(name)) as path:
-                save_file(features, path)
-            told(done)
+        features = see(model, self.eye, name)
+        with replacing(self._path(name)) as path:
+            save_file(features, path)
 
     def __getitem__(self, name: str) -> Features:
         """Features of a picture that was looked at.

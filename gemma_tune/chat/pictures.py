@@ -135,7 +135,7 @@ def _refuse_other(path: Path, named: str) -> None:
     try:
         opened(path)
     except Exception as e:  # noqa: BLE001 - whatever Pillow's readers make of other files and of broken ones
-        why = first_line(e).replace(str(path), named)
+        why = first_line(e.__cause__ or e).replace(str(path), named)
         raise UserError(f"{named} is no picture that can be read: {why}", _HINT) from e
 
 

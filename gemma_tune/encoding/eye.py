@@ -311,10 +311,12 @@ def _read(path: Path) -> Iterator[Image]:
             # By its path, Pillow misreads a TIFF that is turned.
             with open(path, "rb") as file, Image.open(file, formats=READ) as picture:
                 yield picture
-        except (OSError, MemoryError):
+        except MemoryError:
             raise
         except Exception as e:  # noqa: BLE001 - Pillow's readers raise whatever broken data lead them to
-            raise OSError(f"{path} is damaged: {first_line(e)}") from e
+            if getattr(e, "filename", None):
+                raise
+            raise OSError(f"{path}: {first_line(e)}") from e
 
 
 def _tokens_of(config: Mapping[str, Any], tokenizer: Any) -> tuple[int, _Tokens]:

@@ -21,6 +21,7 @@ from gemma_tune.evaluate.pictures import shown_in_file
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of, wanted_of_sequence
 from gemma_tune.measure.likelihood import Wanted
 from gemma_tune.run.directory import command
+from gemma_tune.run.pictures import unreadable
 from gemma_tune.run.prepared import HOW_ROWS_ARE_LAID_OUT, NOTHING_HELD_OUT, is_example, prepared_as
 from gemma_tune.run.prompts import prompt_limit
 from gemma_tune.run.row_file import RowFile
@@ -96,7 +97,7 @@ def choose(session: Session, chat: ChatFormat) -> Chosen:
     limit = config.limit or _ALL
     examples, there = (_of_file if config.data_file else _of_run)(session, encoder, limit)
     preferences = _preferences(session, encoder, examples)
-    rows = _fitting(session, _laid_out(examples, encoder))
+    rows = _fitting(session, _laid_out(session, examples, encoder))
     if there > limit:
         session.listener.note(f"{len(examples):,} of {there:,} rows are measured; --limit 0 takes all")
     if config.data_file:
@@ -141,18 +142,13 @@ def _of_file(session: Session, encoder: Encoder, limit: int) -> tuple[list[Prepa
     return [one.example for one in rows], there
 
 
-def unreadable(error: OSError) -> UserError:
-    """What is said of a picture that is gone or damaged."""
-    return UserError(f"a picture of the validation rows cannot be read: {error}", "prepare again, with --force")
-
-
-def _laid_out(examples: Sequence[PreparedRow], encoder: Encoder) -> list[tuple[PreparedRow, Outcome]]:
+def _laid_out(session: Session, examples: Sequence[PreparedRow], encoder: Encoder) -> list[tuple[PreparedRow, Outcome]]:
     """Conversations with their sequences; of pairs with the better answer, of judged answers the good ones."""
     found = [row for row in map(better_of, examples) if row is not None]
     try:
         outcomes = encoder.encode(found)
     except OSError as e:
-        raise unreadable(e) from e
+        raise unreadable(session.run, e) from e
     if failed := next((outcome for outcome in outcomes if isinstance(outcome, FormatError)), None):
         raise UserError(f"a validation row cannot be rendered: {failed}", "prepare and train again") from failed
     return list(zip(found, outcomes, strict=True))

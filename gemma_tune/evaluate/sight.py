@@ -7,9 +7,9 @@ from typing import Any
 
 from gemma_tune.answers.sight import Seen
 from gemma_tune.encoding.eye import Eye
-from gemma_tune.evaluate.rows import unreadable
 from gemma_tune.models.load import load_model, load_towers
 from gemma_tune.models.placement import choose_placement
+from gemma_tune.run.pictures import unreadable
 from gemma_tune.run.session import Session
 
 LOOKING = "looking at pictures"
@@ -31,9 +31,12 @@ def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> t
         return load_model(checkpoint, placement), None
     seen = Seen(session.run.seen, eye, session.model.fingerprint, placement.dtype)
     if lacking := seen.lacks(names):
-        try:
-            seen.look(load_towers(checkpoint, placement), lacking,
-                      lambda done: session.listener.progress(LOOKING, done, len(lacking)))
-        except OSError as e:
-            raise unreadable(e) from e
+        towers = load_towers(checkpoint, placement)
+        for done, name in enumerate(lacking, start=1):
+            try:
+                seen.look(towers, name)
+            except OSError as e:
+                raise unreadable(session.run, e) from e
+            session.listener.progress(LOOKING, done, len(lacking))
+        del towers
     return load_model(checkpoint, placement, sight="features"), seen

@@ -10,15 +10,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import json_bytes
 from gemma_tune.base.strict_json import object_in
-from gemma_tune.base.words import counted
+from gemma_tune.base.words import counted, first_line
 from gemma_tune.data.conversations.kept_pictures import Pictures
 from gemma_tune.data.conversations.picture_files import Tried, place_of
 from gemma_tune.data.reading.rows import Source
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import blindness
-from gemma_tune.run.directory import RunDir
+from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.session import Session
 
 
@@ -43,6 +44,14 @@ def blind(session: Session, chat: ChatFormat) -> str:
     if not why or why.startswith("the model "):
         return why.replace("the model", model, 1)
     return f"nothing can be learned from it with {model}: {why}"
+
+
+def unreadable(run: RunDir, error: OSError) -> UserError:
+    """What is said of a picture of prepared rows that is gone, or damaged."""
+    what = (f"{error.filename} is gone" if isinstance(error, FileNotFoundError) else
+            f"a picture cannot be read: {first_line(error)}")
+    return UserError(f"{what}, and prepared rows show it",
+                     f"prepare them again, where their pictures are: {command('prepare', run.root, '--force')}")
 
 
 # ---- where they were looked for --------------------------------------------------------------------------------------

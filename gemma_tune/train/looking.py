@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.answers.sight import Seen, beside
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.words import counted, first_line, gigabytes
+from gemma_tune.base.words import counted, gigabytes
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import Eye, blindness, size_of
 from gemma_tune.encoding.tokens import pictured, pictures_in
@@ -25,6 +25,7 @@ from gemma_tune.lora.layers import TOWERS
 from gemma_tune.models.load import load_towers
 from gemma_tune.models.towers import auto_class, without_towers
 from gemma_tune.run.directory import RunDir, command
+from gemma_tune.run.pictures import unreadable
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
 
@@ -101,7 +102,7 @@ def shown_in(session: Session, chat: ChatFormat, rows: tuple[Any, Any], placemen
     model, run = session.model, session.run
     if chat.eye is None:
         raise UserError(f"the prepared rows have pictures, and {blindness(model.path, chat.tokenizer)}",
-                        f"prepare them again: {_again(run)}")
+                        f"prepare them again: {command('prepare', run.root, '--force')}")
     chat.eye.folder = run.pictures
     seen = Seen(run.seen, chat.eye, model.fingerprint, placement.dtype)
     return Shown(names, rows, chat.eye, seen, run)
@@ -115,10 +116,6 @@ def _parts(side: Any, soft_id: int) -> np.ndarray:
         before = np.concatenate([[0], np.cumsum(chunk.values.to_numpy() == soft_id)])  # each token
         found.append(np.diff(before[chunk.offsets.to_numpy()]))
     return np.concatenate(found)
-
-
-def _again(run: RunDir) -> str:
-    return command("prepare", run.root, "--force")
 
 
 # ---- before any work -------------------------------------------------------------------------------------------------
@@ -161,14 +158,8 @@ def _soft_tokens(shown: Shown, name: str) -> int:
         path.stat()  # sizes are remembered, also of what is gone by now
         size = size_of(path)
     except OSError as e:
-        raise _unreadable(shown.run, path, e) from e
+        raise unreadable(shown.run, e) from e
     return shown.eye.written(size).count(shown.eye.tokens.soft)
-
-
-def _unreadable(run: RunDir, path: Path, error: OSError) -> UserError:
-    what = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read: {first_line(error)}"
-    return UserError(f"{path} {what}, and prepared rows show it",
-                     f"prepare them again, where their pictures are: {_again(run)}")
 
 
 @cache
@@ -220,9 +211,9 @@ def look(shown: Shown, checkpoint: Path, placement: Placement, refuse_bad_weight
     processes.wait_for_all()  # the main one has found out
     for done, name in enumerate(names, start=1):
         try:
-            shown.seen.look(towers, [name], lambda _: None)
+            shown.seen.look(towers, name)
         except OSError as e:
-            raise _unreadable(shown.run, shown.run.pictures / name, e) from e
+            raise unreadable(shown.run, e) from e
         listener.progress("looking at pictures", done, len(names))
     del towers
     gc.collect()

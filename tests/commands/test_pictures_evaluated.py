@@ -139,11 +139,12 @@ def test_pictures_are_looked_at_once(cli, seer, monkeypatch):
 def test_a_picture_that_is_gone(cli, seer):
     run, model = seer("gemma3")
     row = show_pictures(run, model, lambda n: 1)["valid"][0]
-    (run / "data" / row["messages"][0]["pictures"][0]["file"]).unlink()
+    gone = run / "data" / row["messages"][0]["pictures"][0]["file"]
+    gone.unlink()
     result = cli("eval", *FP32)
-    assert result.code == 2 and "a picture of the validation rows cannot be read" in result.err
-    assert Path(row["messages"][0]["pictures"][0]["file"]).name[:20] in "".join(result.err.split())
-    assert "prepare again" in result.err and "Traceback" not in result.err
+    said = " ".join(result.err.split())
+    assert result.code == 2 and f"runs/seer/data/pictures/{gone.name} is gone, and prepared rows show it" in said, said
+    assert "prepare --run runs/seer --force" in said and "Traceback" not in said
 
 
 def test_what_was_seen_that_is_damaged(cli, seer):
@@ -165,7 +166,10 @@ def test_a_picture_whose_size_alone_can_be_read(cli, seer):
     for path in (run / "data" / "pictures").iterdir():
         path.write_bytes(path.read_bytes()[:200])
     result = cli("eval", *FP32)
-    assert result.code == 2 and "a picture of the validation rows cannot be read" in result.err, result.err
+    said = " ".join(result.err.split())
+    assert result.code == 2 and "prepare --run runs/seer --force" in said, said
+    names = [path.name for path in (run / "data" / "pictures").iterdir()]
+    assert any(f"a picture cannot be read: runs/seer/data/pictures/{name}: " in said for name in names), said
 
 
 def test_what_is_predicted_has_its_pictures_with_a_head_that_does_more(seer, monkeypatch, cli):

@@ -53,7 +53,8 @@ class Rows:
         self.eye = eye_of(folder, self.tokenizer, place)
         self.seen = Seen(place / "seen", self.eye, "fingerprint", "float32")
         self.whole = load_model(folder, FP32, sight="towers").eval()
-        self.seen.look(self.whole, ["0.png", "1.png", "2.png"], lambda done: None)
+        for name in ("0.png", "1.png", "2.png"):
+            self.seen.look(self.whole, name)
 
     def row(self, *names: str, words: str = "one two three") -> dict:
         text = self.eye.shown("".join(f"one {self.eye.place} two" for _ in names) + words, names)

@@ -191,7 +191,8 @@ def test_a_picture_is_seen_through_the_layers_of_the_training(family, base, tmp_
     chat.eye.folder = seers.write_pictures(tmp_path)
     whole = load_model(folder, FP32, sight="towers").eval()
     seen = Seen(tmp_path / "seen", chat.eye, "fingerprint", "float32")
-    seen.look(whole, ["0.png", "2.png"], lambda done: None)
+    for name in ("0.png", "2.png"):
+        seen.look(whole, name)
     tuned, whole = adapted(load_model(folder, FP32, sight="features")), adapted(whole).eval()
     install_summed_loss(tuned.get_base_model())
     asking = samples.Samples(SimpleNamespace(run=SimpleNamespace(samples=None)), chat, 1, None)
