@@ -61,7 +61,12 @@ def shown_in_file(session: Session, chat: ChatFormat) -> Iterator[Callable[[Sequ
 
         return shown
 
-    yield showing
+    try:
+        yield showing
+    except UserError as e:
+        if elsewhere := noticed.elsewhere():
+            e.reword(f"{e.message}: {elsewhere[0]}", elsewhere[1])
+        raise
     keep_tried(session.run, folder / session.run.picture_files.name, noticed.tried)
 
 

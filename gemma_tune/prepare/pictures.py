@@ -1,4 +1,4 @@
-"""Which pictures of data/pictures the rows use, and where those are likely to lie that were not found."""
+"""Which pictures of data/pictures the rows use."""
 
 from __future__ import annotations
 
@@ -11,26 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_tune.data.conversations.picture_files import Place
-
 _MARK = b'"pictures": ['  # in each line of a row that has some, and perhaps in a call of a tool
-_ABOVE = 3  # folders above the data in which pictures are looked for, to be named
-
-
-def likely_folder(path: str, place: Place) -> Path | None:
-    """Where a relative path leads to a file that leads nowhere from the folder of the data: above it, or here."""
-    if os.path.isabs(path) or not place.own:
-        return None
-    tried = [Path(), *(folder / os.path.join(*[os.pardir] * up) for folder in place.folders
-                       for up in range(1, _ABOVE + 1))]
-    return next((Path(os.path.normpath(folder)) for folder in tried if _is_file(folder / path)), None)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 class UsedPictures:

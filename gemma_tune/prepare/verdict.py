@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base import shell
 from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.data.conversations.kept_pictures import NoticedPictures
 from gemma_tune.data.conversations.uneven import IN_WORDS
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.ollama.template import layout_of, tools_are_lost
@@ -23,7 +20,6 @@ from gemma_tune.prepare.ends import MOST, SHORTEST, are_few
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import Judge, Noticed
-from gemma_tune.prepare.pictures import likely_folder
 from gemma_tune.prepare.selection import Selection
 from gemma_tune.prepare.split import FEWEST
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
@@ -121,7 +117,7 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
     problems = [*filter(None, [long_rows() if long and config.on_long == "drop" else None])]
     fixes = {item.problems[0].fix for item in findings.examples}
     fix = fixes.pop() if len(fixes) == 1 else "correct the rows named above"
-    if elsewhere := _elsewhere(findings.noticed.pictures):
+    if elsewhere := findings.noticed.pictures.elsewhere():
         problems, fix = [*problems, elsewhere[0]], elsewhere[1]
     if bad == total:
         raise UserError("the only row cannot be used" if total == 1 else f"none of the {total:,} rows can be used",
@@ -162,18 +158,6 @@ def _listed(findings: Findings, refused: Path) -> list[str]:
 
 def _and_more(places: list[str]) -> str:
     return f" and {counted(len(places) - 1, 'more row')}" if places[1:] else ""
-
-
-def _elsewhere(pictures: NoticedPictures) -> tuple[str, str] | None:
-    """What to say, and to do, where no file is there that the rows name as a picture: their folder is another one."""
-    path, place = pictures.first_missing or ("", None)
-    if pictures.found or place is None or os.path.isabs(path):
-        return None
-    likely = likely_folder(path, place)
-    named = "the only picture that a row names is not" if pictures.missing == 1 else (
-        f"none of the {pictures.missing:,} pictures that rows name is")
-    return (f"{named} below {place}",
-            f"name the folder in which their paths begin: --pictures {shell.quote(str(likely)) if likely else 'DIR'}")
 
 
 _KINDS = {CONVERSATIONS: ("row to answer like", "rows to answer like"), PAIRS: ("pair of answers", "pairs of answers"),
@@ -247,7 +231,7 @@ def warn(session: Session, decided: Decided, report: dict[str, Any]) -> None:
         listener.warn(f"rejected {item}")
     if (more := findings.rejected - SHOWN) > 0:
         listener.warn(f"… and {more:,} more, all in {session.run.rejected_rows}")
-    if elsewhere := _elsewhere(findings.noticed.pictures):
+    if elsewhere := findings.noticed.pictures.elsewhere():
         listener.warn("; ".join(elsewhere))
     if unread := findings.noticed.pictures.unread:
         name = findings.noticed.pictures.first_unread

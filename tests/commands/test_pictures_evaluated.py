@@ -310,6 +310,18 @@ def test_rows_of_a_file_whose_pictures_cannot_be_used_are_named(cli, seer, monke
     assert not [path for path in run.iterdir() if "evaluated" in path.name] and not (run / "report.md").exists()
 
 
+def test_the_folder_of_the_pictures_is_asked_for_where_none_is_found(cli, seer):
+    seer("gemma3")
+    save("photos/img/a.png")
+    Path("photos/held").mkdir()
+    write_rows(Path("photos/held/out.jsonl"), [shown("img/a.png")])
+    result = cli("eval", "--data", "photos/held/out.jsonl", *FP32)
+    said = " ".join(result.err.split())
+    assert result.code == 2 and "to measure on: the only picture that a row names is not below photos/held" in said
+    assert "Hint: name the folder in which their paths begin: --pictures photos" in said
+    assert cli("eval", "--data", "photos/held/out.jsonl", "--pictures", "photos", *FP32).code == 0
+
+
 def test_what_was_learned_about_another_picture_was_not_learned(cli, seer):
     run, model = seer("gemma3")
     rows = show_pictures(run, model, lambda n: 1)["train"][:4]

@@ -1,4 +1,4 @@
-"""Which pictures rows use, and where those may lie that were not found."""
+"""Which pictures rows use."""
 
 from __future__ import annotations
 
@@ -7,21 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_tune.data.conversations.picture_files import Place
 from gemma_tune.prepare.near import signature, similarity, unlike
-from gemma_tune.prepare.pictures import UsedPictures, likely_folder
+from gemma_tune.prepare.pictures import UsedPictures
 from support.picture_files import as_bytes, drawn, name_of, prepared_row, save
-
-
-def test_where_pictures_may_lie_instead():
-    save("img/a.png")
-    save("deep/x/b.png")
-    Path("deep/data/train").mkdir(parents=True)
-    place = Place((Path("deep/data/train"),))
-    assert likely_folder("img/a.png", place) == Path()
-    assert likely_folder("x/b.png", place) == Path("deep")
-    assert likely_folder("x/c.png", place) is None and likely_folder("n" * 300, place) is None and likely_folder("a\0", place) is None
-    assert likely_folder("img/a.png", Place((Path("deep"),), own=False)) is None, "others are not told what lies here"
 
 
 def test_the_figures_are_those_of_rows_that_are_used():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import NEW, unfinished
 from gemma_tune.base.words import first_line
@@ -31,6 +32,7 @@ from gemma_tune.encoding.eye import Eye, size_of
 Turn = dict[str, Any]
 _REMEMBERED = 100_000  # files of which a process knows what they are
 _SHOWN = 200  # characters of a path
+_ABOVE = 3  # folders above the data in which pictures are looked for, to be named
 
 
 class _Kept(NamedTuple):
@@ -78,6 +80,18 @@ class NoticedPictures:
         self.unseen += later.unseen
         self.unread += later.unread
         self.first_unread = self.first_unread or later.first_unread
+
+    def elsewhere(self) -> tuple[str, str] | None:
+        """What to say, and to do, where no file is there that the rows name as a picture: their folder is another
+        one."""
+        path, place = self.first_missing or ("", None)
+        if self.found or place is None or os.path.isabs(path):
+            return None
+        likely = likely_folder(path, place)
+        folder = shell.quote(str(likely)) if likely else "DIR"
+        named = "the only picture that a row names is not" if self.missing == 1 else (
+            f"none of the {self.missing:,} pictures that rows name is")
+        return f"{named} below {place}", f"name the folder in which their paths begin: --pictures {folder}"
 
 
 class Pictures:
@@ -185,3 +199,19 @@ def _called(ref: Mapping[str, Any], number: int) -> str:
     """What a picture is called in messages: by its path, as the row has it."""
     path = f" {quoted(ref['path'], _SHOWN)}" if "path" in ref else ""
     return f"the picture{path} of turn {number}"
+
+
+def likely_folder(path: str, place: Place) -> Path | None:
+    """Where a relative path leads to a file that leads nowhere from the folder of the data: above it, or here."""
+    if os.path.isabs(path) or not place.own:
+        return None
+    tried = [Path(), *(folder / os.path.join(*[os.pardir] * up) for folder in place.folders
+                       for up in range(1, _ABOVE + 1))]
+    return next((Path(os.path.normpath(folder)) for folder in tried if _is_file(folder / path)), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.data.conversations import kept_pictures as module
-from gemma_tune.data.conversations.kept_pictures import NoticedPictures, Pictures
+from gemma_tune.data.conversations.kept_pictures import NoticedPictures, Pictures, likely_folder
 from gemma_tune.data.conversations.picture_files import MISSING, Place
 from gemma_tune.data.conversations.problems import RowError
 from gemma_tune.data.reading.rows import Row
@@ -103,3 +103,14 @@ def test_what_was_noticed_is_put_together():
     one.add(other)
     one.add(NoticedPictures(moving=2, first_moving="later"))
     assert (one.moving, one.first_moving, one.found, one.missing, one.first_missing[0]) == (3, "rows.jsonl:7", 1, 1, "b.gif")
+
+
+def test_where_pictures_may_lie_instead():
+    save("img/a.png")
+    save("deep/x/b.png")
+    Path("deep/data/train").mkdir(parents=True)
+    place = Place((Path("deep/data/train"),))
+    assert likely_folder("img/a.png", place) == Path()
+    assert likely_folder("x/b.png", place) == Path("deep")
+    assert likely_folder("x/c.png", place) is None and likely_folder("n" * 300, place) is None and likely_folder("a\0", place) is None
+    assert likely_folder("img/a.png", Place((Path("deep"),), own=False)) is None, "others are not told what lies here"
