@@ -128,12 +128,21 @@ def _called(number: int, turn: dict[str, Any], names: Sequence[str], certain: bo
     try:
         calls = [_call(piece, names) for piece in _pieces(text[1:-1])]
     except ValueError as e:
+        written = f"write {e.written}, or " if isinstance(e, _WithoutName) else "write "
         problems.append(Problem("tool_calls", f"turn {number} calls tools as Python calls functions, and {e}",
-                                "write the calls as `tool_calls`, or leave the row out"))
+                                f"{written}the calls as `tool_calls`, or leave the row out"))
         calls = [_FAILED]
     if not said and any(turn.get(name) in CALLING for name in ("role", "from")):  # which is nothing but calls
         return {**turn, key: calls}, calls
     return {**turn, key: said, "tool_calls": calls}, calls
+
+
+class _WithoutName(ValueError):
+    """An argument by its place alone: which parameter it is for stands in code that nobody has here."""
+
+    def __init__(self, name: str, arguments: str, argument: str):
+        super().__init__(f"in {quoted(f'{name}({arguments})')} an argument has no name: {quoted(argument)}")
+        self.written = f"it with the names of {name}'s parameters, as in {name}(NAME=VALUE)"
 
 
 def _name_of(text: str, names: Sequence[str]) -> str | None:
@@ -152,7 +161,7 @@ def _call(text: str, names: Sequence[str]) -> dict[str, Any]:
     for piece in _pieces(inside[1:-1]):
         argument, is_named, value = (part.strip() for part in piece.partition("="))
         if not is_named or not re.fullmatch(r"[^\W\d][\w.$-]*", argument):
-            raise ValueError(f"an argument of {name} has no name: {quoted(piece)}")
+            raise _WithoutName(name, inside[1:-1], piece)
         if argument in arguments:
             raise ValueError(f"{name} has the argument `{argument}` twice")
         arguments[argument] = _value(value, f"the argument `{argument}` of {name}")

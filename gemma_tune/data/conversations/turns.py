@@ -379,7 +379,8 @@ def _reasoning_once(number: int, turn: Turn, problems: list[Problem]) -> None:
 
 
 def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
-    """User and assistant alternate; after a call come its results, then the assistant again."""
+    """User and assistant alternate; after a call come its results, then the assistant again, or the user's next turn,
+    where nobody answered the call."""
     awaited = ("user",)  # roles that may come now
     caller = 0  # number of the turn whose call was the last
     with_tools = False
@@ -399,7 +400,7 @@ def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Probl
         elif role == "tool":
             with_tools, awaited = True, ("assistant", "tool")
         elif "tool_calls" in turn:
-            awaited, caller = ("tool",), number
+            awaited, caller = ("tool", "user"), number
         else:
             awaited, said = ("user",), turn["content"]
     if with_tools:
@@ -427,7 +428,7 @@ def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int, sa
     if role == "tool":
         return Problem("tool_order", f"turn {number} is the result of a tool that was not called before it",
                        "put the assistant's `tool_calls` before it, or leave the row out")
-    if awaited == ("tool",):
+    if awaited == ("tool", "user"):
         return Problem("tool_order", f"turn {number} is `{role}` where the result of the tool call in turn {caller} is "
                                      "expected", "add the result as a turn of the role `tool`")
     begins = role == "assistant" and awaited == ("user",) and number <= 2

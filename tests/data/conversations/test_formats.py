@@ -1033,7 +1033,6 @@ def test_problems_of_a_row_do_not_go_on_for_ever():
     ([USER, answer('[Look Up(at=1), f(b="x")]'), RESULT, ANSWER],
      "turn 3 is the result of a tool that is called in the text before it, as Python calls functions: '[Look Up(at=1), f(b=\"x\")]'"),
     ([USER, answer("See [1](x)."), RESULT, ANSWER], "turn 3 is the result of a tool that was not called before it"),
-    ([USER, CALL, USER, ANSWER], "turn 3 is `user` where the result of the tool call in turn 2 is expected"),
     ([USER, CALL, ANSWER], "turn 3 is `assistant` where the result of the tool call in turn 2 is expected"),
     ([USER, CALL, RESULT | {"tool_call_id": "2"}, ANSWER], "turn 3 answers the tool call '2', which turn 2 does not make"),
     ([USER, answer(tool_calls=[called("f", {}, "1"), called("g", {}, "2")]), RESULT, ANSWER], "the tool call '2' of turn 2 has no result"),
@@ -1046,7 +1045,7 @@ def test_order_of_tool_turns(turns, reason):
 
 
 @pytest.mark.parametrize("turns", [
-    [USER, CALL], [USER, CALL, RESULT, ANSWER], [USER, CALL, RESULT, CALL, RESULT, ANSWER, USER, ANSWER],
+    [USER, CALL], [USER, CALL, USER, ANSWER], [USER, CALL, RESULT, ANSWER], [USER, CALL, RESULT, CALL, RESULT, ANSWER, USER, ANSWER],
     [USER, answer("Let me see.", tool_calls=CALL["tool_calls"]), RESULT | {"content": ""}, ANSWER],
     [USER, answer(tool_calls=[called("f", {}), called("g", {})]), {"role": "tool", "content": "7"}, ANSWER],
     [USER, answer(tool_calls=[called("f", {}, "1"), called("g", {})]), RESULT, ANSWER],
@@ -1181,7 +1180,7 @@ def test_any_row_is_an_example_or_an_error(row, formats):
         assert turn.get("train", False) is False and all(isinstance(c["function"]["arguments"], dict) for c in turn.get("tool_calls", ()))
         role = before["role"] if before else None
         assert turn["role"] in {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant"),
-                                "assistant": ("tool",) if "tool_calls" in (before or {}) else ("user",)}[role]
+                                "assistant": ("tool", "user") if "tool_calls" in (before or {}) else ("user",)}[role]
     assert any("train" not in turn for turn in example.messages if turn["role"] == "assistant")
 
 

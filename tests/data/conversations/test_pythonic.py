@@ -1,13 +1,16 @@
 """Tool calls as Python calls functions, with the functions in the system prompt (ToolACE) or in the row (LFM2)."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.encoding.chat_format import ChatFormat
 from support.command import write_rows
 from support.rows import answer, user
+from support.templates import CHATML, GEMMA_4, LLAMA_3_1, byte_tokenizer, gemma_tokenizer, learned, trl_template
 
 TOOLS = [{"name": "Market Trends API", "description": "Trends [1].", "parameters": {
     "type": "dict", "properties": {"kind": {"type": "string"}}, "required": ["kind"]}}, {"name": "newAddress", "parameters": {}},
@@ -114,12 +117,12 @@ def test_other_texts_stay_texts(text):
 
 
 @pytest.mark.parametrize(("text", "reason"), [
-    ("[other(a=1)]", "'other' is none of the declared ones"), ("[new(1)]", "an argument of new has no name: '1'"),
+    ("[other(a=1)]", "'other' is none of the declared ones"), ("[new(1)]", "in 'new(1)' an argument has no name: '1'"),
     ("[new(a=b)]", "the argument `a` of new is no value: 'b'"), ("[new(a=1, a=2)]", "new has the argument `a` twice"),
     ("[new(a='it's')]", "a text has no end"), ("[new(a={'k': 1, 'k': 2})]", "the argument `a` of new is no value"),
     ("[new(a={1})]", "the argument `a` of new is no value"), ("[new(a=1e999)]", "the argument `a` of new is no value"),
     ("[new(a=[1)]", "a bracket is not closed"), ("[new(a=1), (2)]", "'' is none of the declared ones"),
-    ("[new(a=1)(b=2)]", "a bracket is closed that was not opened"), ("[new(**x)]", "an argument of new has no name"),
+    ("[new(a=1)(b=2)]", "a bracket is closed that was not opened"), ("[new(**x)]", "in 'new(**x)' an argument has no name"),
     ("[new(a=open('x'))]", "the argument `a` of new is no value"), ("[new(a={1: 2})]", "the argument `a` of new is no value")])
 def test_calls_that_cannot_be_read_exactly_reject_the_row(text, reason):
     with pytest.raises(RowError) as caught:
@@ -127,6 +130,32 @@ def test_calls_that_cannot_be_read_exactly_reject_the_row(text, reason):
     [problem] = caught.value.problems
     assert problem.code == "tool_calls" and problem.reason.startswith("turn 3 calls tools as Python calls functions, and ")
     assert reason in problem.reason
+
+
+def test_of_arguments_without_names_it_is_told_how_the_call_is_written():
+    with pytest.raises(RowError) as caught:
+        read(said("[newAddress(a=1, 'Paris')]"), said("1", "tool"), said("Done."))
+    assert "in \"newAddress(a=1, 'Paris')\" an argument has no name: \"'Paris'\"" in str(caught.value)
+    assert caught.value.fix == ("write it with the names of newAddress's parameters, as in newAddress(NAME=VALUE), or the calls as "
+                                "`tool_calls`, or leave the row out")
+
+
+def test_a_call_that_nobody_answered_is_learned_and_so_is_what_comes_behind_it():
+    turns = [ASKED, said("[new(a=1)]"), said("And now?", "user"), said("[newAddress()]"), said("Thanks.", "user"), said("Bye.")]
+    example = Formats().example({"system": TOLD, "conversations": turns})
+    assert example.messages == [system(ROLE), user("Q?"), called(("new", {"a": 1})), user("And now?"), called(("newAddress", {})),
+                                user("Thanks."), answer("Bye.")]
+    assert Formats().example(example.as_row()) == replace(example, format="messages"), "as it is prepared, it can be prepared again"
+
+
+@pytest.mark.parametrize(("template", "special", "make", "family"), [
+    ("gemma4_v5", GEMMA_4, gemma_tokenizer, "gemma4"), ("qwen2_5", CHATML, byte_tokenizer, "qwen2"),
+    ("llama3_1", LLAMA_3_1, byte_tokenizer, "llama")])
+def test_such_a_call_and_the_answer_behind_it_are_what_is_learned(template, special, make, family):
+    chat = ChatFormat(make(special, trl_template(template)), family)
+    example = read(said("[new(a=1)]"), said("And now?", "user"), said("Sun."))
+    [[made, last]] = learned(chat, chat.encode(example.messages, example.tools))
+    assert "new" in made and "And now?" not in made and last.startswith("Sun.")
 
 
 def test_a_system_prompt_in_other_words_stays_as_it_is():
