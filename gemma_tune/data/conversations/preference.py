@@ -31,7 +31,7 @@ from gemma_tune.data.conversations.layouts import (
 from gemma_tune.data.conversations.marks import PAIRS, filled_pair, is_good, marked, pair_in
 from gemma_tune.data.conversations.pictures import COLUMNS, pictures_in
 from gemma_tune.data.conversations.problems import Problem, several
-from gemma_tune.data.conversations.rendered import is_marked, prompt_apart, turns_in_text
+from gemma_tune.data.conversations.rendered import is_marked, prompt_apart, turns_beside, turns_in_text
 from gemma_tune.data.conversations.turns import Turn
 from gemma_tune.encoding.sequences import MARK, first_learned
 
@@ -219,7 +219,7 @@ def _is_whole(turns: list[Any]) -> bool:
 def _from_text(row: Mapping[str, Any], key: str, answer: str, problems: list[Problem]) -> list[Any]:
     """The turns of an answer that is text, with those of its prompt."""
     before, prompt = _prompt(row, problems)
-    whole = turns_in_text(answer)
+    whole = turns_beside(answer, _compared_with(row, key))
     if whole and _is_meant(whole, answer, before):
         return whole
     if prompt is not None and (turns := _answered_text(prompt, answer)) is not None:
@@ -228,6 +228,12 @@ def _from_text(row: Mapping[str, Any], key: str, answer: str, problems: list[Pro
         problems.append(Problem("no_messages", f"`{key}` is text, and there is no `prompt` that it answers",
                                 "add a column `prompt`"))
     return [*(before or [user("…")]), assistant(answer)]
+
+
+def _compared_with(row: Mapping[str, Any], key: str) -> Any:
+    """The other one of a pair's answers."""
+    pair = filled_pair(row)
+    return row.get(pair[pair.index(key) - 1]) if pair and key in pair else None
 
 
 def _is_meant(turns: list[Any], answer: str, before: list[Any] | None) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_tune.data.conversations.layouts import Draft, with_system
 from gemma_tune.data.conversations.problems import Problem
-from gemma_tune.data.conversations.spoken import may_be_spoken, spoken
+from gemma_tune.data.conversations.spoken import may_be_spoken, spoken, transcript
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
           "model": "assistant", "gpt": "assistant"}
@@ -94,6 +94,15 @@ def turns_in_text(text: str) -> Turns | None:
     """The turns of a conversation that a template wrote, or that names who speaks; None for any other text."""
     found = _turns(text)
     return found and [dict(turn) for turn in found]  # what is found belongs to whoever asks next, too
+
+
+def turns_beside(text: str, other: Any) -> Turns | None:
+    """The same of a text that is compared with another one, by which it is seen where the answer begins."""
+    found = turns_in_text(text)
+    if not found or is_marked(text) or not isinstance(other, str):
+        return found
+    turns = transcript(text, other)
+    return [_turn(turn["role"], turn["content"]) for turn in turns] if turns else found
 
 
 def _turns(text: str) -> Turns | None:

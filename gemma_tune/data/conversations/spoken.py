@@ -7,6 +7,8 @@ write ``Human: … Assistant: …``, ``User: … Assistant: …`` or ``Q: … A:
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 # Names of the user and of the assistant that are used together.
@@ -67,9 +69,37 @@ def spoken(text: str, by_empty_lines: bool = False) -> list[dict[str, Any]] | No
             continue
         system = before[begins.end("system"):].strip() if begins["system"] else before.strip()
         return ([{"role": "system", "content": system}] if system else []) + [
-            {"role": "user" if name == user else "assistant", "content": said[_LEAD.match(said).end():].rstrip()}
-            for name, said in zip(names, pieces[1::2], strict=True)]
+            _turn((user, assistant), name, said) for name, said in zip(names, pieces[1::2], strict=True)]
     return None
+
+
+def transcript(text: str, other: str) -> list[dict[str, Any]] | None:
+    """The turns of one of Anthropic's two transcripts, of which the end of what both share tells where the answer
+    begins; None where that is not to be seen.
+
+    What follows there is split no further unless speakers take turns in it: an answer may quote ``Assistant:``. Before
+    it, empty lines part turns, or where these lead to no answer or to an earlier one, any lines do.
+    """
+    text, other = text.lstrip(), other.lstrip()
+    shared = commonprefix([text, other])
+    found = [(layout, begun) for layout in (_HH[1], _LAYOUTS[_HH[0]]) if (begun := [*layout.finditer(shared)])
+             and _take_turns(begun) and begun[0].start() == 0 and begun[-1][1] == _HH[0][1]]
+    if not found:
+        return None
+    layout, turns = max(found, key=lambda one: one[1][-1].end())
+    more = [*layout.finditer(text, turns[-1].end())]
+    turns += more if _take_turns([*turns, *more]) else []
+    ends = [*(turn.start() for turn in turns[1:]), len(text)]
+    return [_turn(_HH[0], turn[1], text[turn.end():end]) for turn, end in zip(turns, ends, strict=True)]
+
+
+def _take_turns(names: Sequence[re.Match[str]]) -> bool:
+    """Whether the user asks first and the speakers alternate from there."""
+    return all(name[1] == _HH[0][number % 2] for number, name in enumerate(names))
+
+
+def _turn(pair: tuple[str, str], name: str, said: str) -> dict[str, Any]:
+    return {"role": "user" if name == pair[0] else "assistant", "content": said[_LEAD.match(said).end():].rstrip()}
 
 
 def _answers_each(pair: list[str], pieces: list[str]) -> bool:

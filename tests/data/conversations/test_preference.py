@@ -114,6 +114,39 @@ def test_between_empty_lines_names_at_other_lines_are_part_of_what_is_said():
     assert read({"text": "\n\nHuman: a\nAssistant: b"}).messages == [{"role": "user", "content": "a"}, answer("b")]
 
 
+PLAY = "A play:\nHuman: Hi\nAssistant: Hello"
+ASSISTANT_AGAIN = "Sure:\n\nAssistant: is a name.\nAssistant: again"
+
+
+@pytest.mark.parametrize("begin", ["", "\n\n", "\n", " \n\n"])
+@pytest.mark.parametrize(("asked", "said"), [(PLAY, "A"), (PLAY, ASSISTANT_AGAIN), ("Hi", ASSISTANT_AGAIN), ("Hi", PLAY), ("Hi", "A"),
+                                             (f"{PLAY}\n\nwith an empty line", PLAY)])
+def test_where_two_transcripts_part_the_answer_begins_with_or_without_empty_lines_before_them(begin, asked, said):
+    before = f"Human: {asked}\n\nAssistant: Yes.\n\nHuman: Go on.\n\nAssistant:"
+    example = read({"chosen": f"{begin}{before} {said}", "rejected": f"{begin}{before} No."})
+    assert example.messages == [{"role": "user", "content": asked}, answer("Yes.") | {"train": False},
+                                {"role": "user", "content": "Go on."}, answer(said)]
+    assert example.rejected == [answer("No.")]
+    assert read({"chosen": f"{before} No.", "rejected": f"{before} {said}"}).rejected == [answer(said)]
+
+
+def test_so_it_does_in_transcripts_without_any_empty_lines():
+    before = "Human: Hi\nAssistant: Yes.\nHuman: Go on.\nAssistant:"
+    example = read({"chosen": f"{before} Sure:\nAssistant: is a name.", "rejected": f"{before} No."})
+    assert [turn["content"] for turn in example.messages] == ["Hi", "Yes.", "Go on.", "Sure:\nAssistant: is a name."]
+    mixed = "Human: Hi\n\nAssistant: Yes.\nHuman: Go on.\nAssistant:"
+    example = read({"chosen": f"{mixed} a", "rejected": f"{mixed} b"})
+    assert [turn["content"] for turn in example.messages] == ["Hi", "Yes.", "Go on.", "a"] and example.rejected == [answer("b")]
+
+
+def test_behind_where_they_part_they_may_go_on_with_turns_or_have_other_questions():
+    before = "Human: Hi\n\nAssistant:"
+    example = read({"chosen": f"{before} a\n\nHuman: b\n\nAssistant: c", "rejected": f"{before} d"})
+    assert example.messages[1:] == [answer("a"), {"role": "user", "content": "b"}, answer("c")] and example.rejected == [answer("d")]
+    with pytest.raises(RowError, match="the two answers are to different prompts"):
+        read({"chosen": "Human: a\n\nAssistant: x", "rejected": "Human: b\n\nAssistant: y"})
+
+
 def test_a_prompt_without_turns_is_no_prompt():
     with pytest.raises(RowError, match="there is no `prompt` that it answers"):
         read({"prompt": [], "chosen": "a", "rejected": "b"})
