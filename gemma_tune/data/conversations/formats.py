@@ -23,7 +23,7 @@ from gemma_tune.data.conversations.problems import Problem, RowError, damaged, k
 from gemma_tune.data.conversations.rendered import is_marked, is_rendered, rendered, with_prompt_apart
 from gemma_tune.data.conversations.shaped import Shaped, without
 from gemma_tune.data.conversations.turns import Turn, conversation
-from gemma_tune.data.conversations.unnamed import found_columns, is_beside_text, unnamed
+from gemma_tune.data.conversations.unnamed import found_columns, is_beside_text, no_object, unnamed, with_reference
 from gemma_tune.data.reading.rows import Description, Row
 
 Fields = Mapping[str, Any]
@@ -179,9 +179,7 @@ class Formats:
         if layouts.is_conversation(value):
             value = {"messages": value}
         if not isinstance(value, dict):
-            raise RowError([Problem("not_an_object", "a row is a JSON object, this one is "
-                                                     f"{'null' if value is None else kind(value)}",
-                                    'write {"messages": […]} on the line, or the list of turns alone')])
+            raise RowError([no_object(value)])
         if self.columns.get("turns") not in value and (problem := shapes.by_columns(value)):
             raise RowError([problem])
         value, own, usual = self._shaped(value)
@@ -239,6 +237,7 @@ class Formats:
         messages = self._turns(draft, problems, mended, self._pictures(value, format, problems))
         declared = None if draft.tools is None else tools.declarations(draft.tools, problems)
         if problems:
+            problems = with_reference(problems, value) if format == "messages" else problems
             raise RowError(_with_the_text_kept(problems, format, value))
         return Example(format, messages, declared or None, None,
                        unread.of_row(value, format, self.columns, draft.messages), mended=tuple(mended))

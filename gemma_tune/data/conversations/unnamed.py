@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from gemma_tune.base import shell
@@ -12,19 +13,20 @@ from gemma_tune.data.conversations import layouts
 from gemma_tune.data.conversations.marks import seeming_mark
 from gemma_tune.data.conversations.names import spoken_by, suggested_turns
 from gemma_tune.data.conversations.pictures import COLUMNS, holds, seems_one, unasked
-from gemma_tune.data.conversations.problems import Problem, quoted
+from gemma_tune.data.conversations.problems import Problem, kind, quoted
 from gemma_tune.data.conversations.rendered import is_rendered
 from gemma_tune.data.conversations.turns import REASONING, role_of
 
 Fields = Mapping[str, Any]
 
+_REFERENCE = "reference_answer"  # what graders of OpenAI's reinforcement fine-tuning compare answers with
 # Columns that hold questions and answers, and have to be named.
 _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "user", "human", "input", "q", "text",
               "document", "inputs", "input_text", "text_input", "article", "dialogue", "ask", "inputs_pretokenized",
               "问题", "提问", "指令", "问", "用户")
 _ANSWERS = ("answer", "response", "completion", "output", "solution", "reply", "assistant", "target", "summary",
-            "chosen", "a", "targets", "output_text", "targets_pretokenized", "答案", "回答", "输出", "回复", "答",
-            "助手")
+            "chosen", "a", "targets", "output_text", "targets_pretokenized", _REFERENCE,
+            "答案", "回答", "输出", "回复", "答", "助手")
 # Parts of names that people give to both, such as 客户问题 and 标准回复.
 _PARTS = (("question", "query", "prompt", "问题", "提问", "咨询"),
           ("answer", "reply", "response", "completion", "答案", "回答", "回复", "答复"))
@@ -102,6 +104,35 @@ def unnamed(row: Fields, detected: Callable[[Fields], bool]) -> Problem:
                                                  "above it, such as question,answer")
     return Problem("unknown_format", reason, "rename the columns to `messages`, or to `instruction`, `input`, "
                                              "`output`, or name them with --columns user=…,assistant=…")
+
+
+def no_object(value: Any) -> Problem:
+    """What to do about a row that is neither an object nor a list of turns."""
+    reason = "a row is a JSON object, this one is "
+    if isinstance(value, list) and value and len(value) % 2 == 0 and all(isinstance(said, str) for said in value):
+        seems = "a question and its answer" if len(value) == 2 else "questions with their answers"
+        return Problem("not_an_object", f"{reason}a list of {len(value)} texts",
+                       f"if they are {seems}, write them as turns: " + shell.of_posix(
+                           "jq -c 'if all(.[]; type == \"array\") then .[] else . end | {conversations: .}' FILE.json "
+                           "> rows.jsonl"))
+    return Problem("not_an_object", reason + ("null" if value is None else kind(value)),
+                   'write {"messages": […]} on the line, or the list of turns alone')
+
+
+def with_reference(problems: list[Problem], row: Fields) -> list[Problem]:
+    """The problems, of which that of no answer says what stands in place of one in data for OpenAI's reinforcement
+    fine-tuning."""
+    reference = row.get(_REFERENCE)
+    if reference is None:
+        return problems
+    if isinstance(reference, str):
+        fix = "to learn it as the answer, put it behind the turns: " + _by_jq(
+            f" | .messages += [{{role: \"assistant\", content: .{_REFERENCE}}}]")
+    else:
+        fix = f"it is {kind(reference)}: write the answer that says so behind the turns, or leave the row out"
+    return [replace(problem, reason=f"{problem.reason}: `{_REFERENCE}` is what a grader compares answers with, as "
+                                    "OpenAI's reinforcement fine-tuning has it", fix=fix)
+            if problem.code == "no_answer" else problem for problem in problems]
 
 
 _ENTRIES = 4  # texts under sentences; fewer may be the first row of a table

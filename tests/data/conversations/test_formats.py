@@ -815,6 +815,41 @@ def test_lists_of_rows_are_told_with_a_command_that_works(tmp_path, name):
     assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == rows
 
 
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("layout", ["array", "lines"])
+@pytest.mark.parametrize(("row", "seems"), [(["a", "b"], "a question and its answer"), (["a", "b", "c", "d"], "questions with their answers")])
+def test_lists_of_questions_and_answers_are_told_with_a_command_that_works(tmp_path, layout, row, seems):
+    text = json.dumps([row, row], indent=1) if layout == "array" else f"{json.dumps(row)}\n" * 2
+    (tmp_path / "FILE.json").write_text(text, encoding="utf-8")
+    [problem] = found(row)
+    assert (problem.code, problem.reason) == ("not_an_object", f"a row is a JSON object, this one is a list of {len(row)} texts")
+    assert problem.fix.startswith(f"if they are {seems}, ")
+    subprocess.run(["sh", "-c", problem.fix[problem.fix.index("jq "):]], cwd=tmp_path, check=True)
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [messages(row) for row in written] == [[user("a"), answer("b"), user("c"), answer("d")][:len(row)]] * 2
+
+
+@pytest.mark.parametrize("row", [[], ["a"], ["a", "b", "c"], ["a", 1], [["a", "b"]], [{"content": "a"}]])
+def test_other_lists_are_not_taken_for_such(row):
+    with pytest.raises(RowError) as caught:
+        Formats().example(row)
+    assert "jq" not in caught.value.fix
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_what_a_grader_compares_with_is_told_with_a_command_that_makes_it_the_answer(tmp_path):
+    row = {"messages": [user("a")], "reference_answer": "b"}
+    (tmp_path / "FILE.json").write_text(json.dumps(row), encoding="utf-8")
+    [problem] = found(row)
+    assert problem.code == "no_answer" and "`reference_answer` is what a grader compares answers with" in problem.reason
+    subprocess.run(["sh", "-c", problem.fix[problem.fix.index("jq "):]], cwd=tmp_path, check=True)
+    assert messages(json.loads((tmp_path / "rows.jsonl").read_text())) == [user("a"), answer("b")]
+    [problem] = found(row | {"reference_answer": {"price": 4}})
+    assert "jq" not in problem.fix and problem.fix.startswith("it is an object: ")
+    [problem] = found({"messages": [user("a")]})
+    assert problem.fix == "leave the last turn out, or put the answer behind it"
+
+
 def test_no_command_has_a_name_that_the_shell_would_run():
     for name in ("a;ls", "a|ls", "$(ls)", "a`ls`", "a&ls", "a>b"):
         for inside in ({"instruction": "a", "output": "b"}, {"speaker": "a", "text": "b"}):
@@ -835,6 +870,10 @@ def test_an_answer_beside_its_turns_is_told_with_a_command_that_works(tmp_path):
     assert messages(written) == [user("a"), answer("b", train=False), user("c"), answer("d")]
     [problem] = found({"prompt": [user("a")], "reward": 1})
     assert "jq" not in problem.fix and "put the answer behind the turns" in problem.fix
+    [problem] = found({"prompt": [user("a")], "reference_answer": "b"})
+    assert problem.fix.endswith("{prompt: .prompt, completion: .reference_answer}' FILE.json > rows.jsonl")
+    [problem] = found({"question": "a", "reference_answer": "b"})
+    assert problem.fix == "use --columns user=question,assistant=reference_answer"
     [problem] = found({"talk": [user("a"), answer("b")], "response": "c"})
     assert problem.fix == "if `talk` holds the turns, use --columns turns=talk"
 
