@@ -33,6 +33,7 @@ def data_report(report: Mapping[str, Any]) -> None:
         report: numbers by name (see ``_FIGURES``); ``before_the_limit``, the figures of ``Statistics.as_dict``;
             ``rejected_by_reason`` (number by code) and ``first_rejected`` ("file:line" by code);
             ``prompts_with_several_answers`` (``prompts``, ``rows``, ``examples``: lists of "file:line");
+            ``contradictions`` (``rows``, ``examples``);
             ``kind``, what the rows are: ``conversations``, ``pairs`` or ``judged``;
             ``unread``, columns of rows and keys of turns (``where``, ``name``, ``rows``, ``values``).
     """
@@ -50,6 +51,7 @@ def data_report(report: Mapping[str, Any]) -> None:
     _rejected(report.get("rejected_by_reason", {}), report.get("first_rejected", {}))
     _unread(report.get("unread", []))
     _several_answers(report.get("prompts_with_several_answers"))
+    _contradictions(report.get("contradictions"))
 
 
 def _lengths(figures: Mapping[str, Any]) -> None:
@@ -135,6 +137,13 @@ def _several_answers(found: Mapping[str, Any] | None) -> None:
     example = f", such as {' and '.join(found['examples'][0])}" if found["examples"] else ""
     prompts = counted(found["prompts"], "prompt has", "prompts have")
     screen.prose(Text(f"{prompts} several answers, in {found['rows']:,} rows{example}; all of them are kept"))
+
+
+def _contradictions(found: Mapping[str, Any] | None) -> None:
+    if found and found["rows"]:
+        example = " and ".join(found["examples"][0])
+        screen.prose(Text(f"{found['rows']:,} rows contradict each other, such as {example}: what is the better answer "
+                          "in one of them, or a good one, is the worse one in another, or bad; all of them are kept"))
 
 
 def _list(name: str, lines: Sequence[tuple[str, Text]]) -> None:

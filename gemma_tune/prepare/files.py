@@ -162,6 +162,11 @@ class DataFiles:
     def _named(self, columns: Columns, at: int) -> str:
         return "{file}:{line}".format(**self._place(columns, at))
 
+    def _groups(self, columns: Columns, groups: Sequence[np.ndarray]) -> dict[str, Any]:
+        """How many rows are in groups, and where those of the first ones stand."""
+        return {"rows": sum(map(len, groups)),
+                "examples": [[self._named(columns, at) for at in group[:3]] for group in groups[:_GROUPS]]}
+
     def _report(self, decided: Decided, statistics: Statistics, outputs: _Outputs,
                 config: PrepareConfig) -> dict[str, Any]:
         findings, columns, selection = decided.findings, decided.columns, decided.selection
@@ -179,9 +184,8 @@ class DataFiles:
             **({"marks": {name: outputs.total(name) for name in ("good", "bad")}} if findings.kind == JUDGED else {}),
             "unread": findings.noticed.unread.as_list(),
             "rejected_by_reason": dict(findings.reasons), "first_rejected": findings.first_of,
-            "prompts_with_several_answers": {
-                "prompts": len(conflicts), "rows": sum(map(len, conflicts)),
-                "examples": [[self._named(columns, at) for at in group[:3]] for group in conflicts[:_GROUPS]]},
+            "prompts_with_several_answers": {"prompts": len(conflicts), **self._groups(columns, conflicts)},
+            "contradictions": self._groups(columns, selection.opposites),
             "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
             "white_space_left_out": {"rows": findings.noticed.trimmed, "first": findings.noticed.first_trimmed},
             "asked_on_both_sides": selection.asked_on_both_sides,

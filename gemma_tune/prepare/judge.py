@@ -34,6 +34,7 @@ from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
 from gemma_tune.encoding.sequences import MARK, Encoder, Outcome, PreparedRow, first_learned, marks_of
 from gemma_tune.prepare.near import signature, unlike
+from gemma_tune.prepare.opposites import beside, conversation_hash, is_turned
 from gemma_tune.prepare.scripts import script_of
 from gemma_tune.prepare.spool import Kept, batch_of
 from gemma_tune.prepare.unread import UnreadCounts
@@ -42,7 +43,6 @@ from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 _TOO_LONG = "too_long"
 T = TypeVar("T")
 _as_key = json.JSONEncoder(sort_keys=True).encode
-_as_text = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 _AHEAD = 2  # blocks for each process that wait or are being worked on
 
 
@@ -254,14 +254,14 @@ class Judge:
             judged.rejected.append(Rejected(row, (self._too_long(outcome, kind, example),)))
         text = json_bytes(example)
         written = self._written(row, example, judged)
+        same = text if written is example else json_bytes(written)
         turns = [*example.get("messages", ()), *example.get("rejected", ())]
         texts = [example["text"]] if "text" in example else [turn["content"] for turn in turns]
-        same = text if written is example else json_bytes(written)
         return Kept(line=row.line, text=text, answers=tuple(marks_of(example)),
-                    conversation=hashlib.blake2b(same, digest_size=16).digest(),
+                    conversation=conversation_hash(written, same),
                     prompt=self._prompt(example), turns=len(example.get("messages", ())),
                     script=script_of("\n".join(texts)),
-                    signature=_signature(example, [*texts, *_beside(turns)]) if self.config.near_duplicates else b"",
+                    signature=_signature(example, [*texts, *beside(turns)]) if self.config.near_duplicates else b"",
                     outcome=outcome)
 
     def _written(self, row: Row, example: PreparedRow, judged: Judged) -> PreparedRow:
@@ -321,20 +321,13 @@ def kind_of(example: PreparedRow) -> str:
     return PAIRS if "rejected" in example else JUDGED if MARK in example else CONVERSATIONS
 
 
-def _beside(turns: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What turns have beside their texts, as text: reasoning and calls."""
-    for turn in turns:
-        if "reasoning_content" in turn:
-            yield turn["reasoning_content"]
-        yield from (_as_text(call["function"]) for call in turn.get("tool_calls", ()))
-
-
 def _signature(example: PreparedRow, texts: Sequence[str]) -> bytes:
-    """What a row's likeness to others is told by. An answer that is bad is like no good one, whatever it says."""
+    """What a row's likeness to others is told by. An answer that is bad is like no good one, whatever it says, and a
+    pair like none whose answers have changed places."""
     found = signature(texts)
     if names := [ref["file"] for turn in example.get("messages", ()) for ref in turn.get("pictures", ())]:
         found = unlike(found, names)
-    return (~found if example.get(MARK) is False else found).tobytes()
+    return (~found if is_turned(example) else found).tobytes()
 
 
 def _with_pictures(written: dict[str, Any], turn: dict[str, Any]) -> dict[str, Any]:

@@ -77,11 +77,15 @@ def unlike(signature: np.ndarray, names: Sequence[str]) -> np.ndarray:
     return signature ^ np.frombuffer(key, np.uint8)
 
 
+def words(text: str) -> list[str]:
+    """What of a text is compared, in lower case."""
+    return _WORD.findall(text.lower())
+
+
 def _shingles(text: str) -> list[int]:
     """Hashes of a text's word triples, 32 bits each."""
-    text = text.lower()
-    words = _WORD.findall(text) or [text.strip()]
-    hashes = np.array([_hashes[word] for word in words], dtype=np.uint64)
+    found = words(text) or [text.lower().strip()]
+    hashes = np.array([_hashes[word] for word in found], dtype=np.uint64)
     size = min(SHINGLE, len(hashes))
     mixed = np.zeros(len(hashes) - size + 1, dtype=np.uint64)
     for n in range(size):

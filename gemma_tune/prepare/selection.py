@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 
 from gemma_tune.prepare.ends import are_few, have_an_end
+from gemma_tune.prepare.opposites import opposites
 from gemma_tune.prepare.split import choose_valid, fewest_valid, most_valid
 
 
@@ -75,6 +76,7 @@ class Selection:
         ends: True for kept texts that are to be divided: the beginning is learned, and the end for validation.
         conflicts: groups of kept rows (indices) with the same prompt and different answers.
         asked_on_both_sides: kept training rows whose prompt is also one of validation.
+        opposites: groups of kept rows (indices) that contradict each other.
     """
 
     same_as: np.ndarray
@@ -84,6 +86,7 @@ class Selection:
     ends: np.ndarray
     conflicts: list[np.ndarray] = field(default_factory=list)
     asked_on_both_sides: int = 0
+    opposites: list[np.ndarray] = field(default_factory=list)
 
     def with_ends(self) -> Selection:
         """Where the beginning and the end of each text of :attr:`ends` stand, in turn, behind all other rows: these are
@@ -130,7 +133,8 @@ def select(columns: Columns, valid: float, keep_duplicates: bool,
         for some in whole if valid else ():
             side[some] = _chosen(columns.prompt[some], valid, by_default)
     both = np.isin(columns.prompt[kept & ~side], columns.prompt[kept & side])
-    return Selection(same_as, near, side, kept, ends, _conflicts(columns, kept), int(both.sum()))
+    return Selection(same_as, near, side, kept, ends, _conflicts(columns, kept), int(both.sum()),
+                     [np.flatnonzero(kept)[group] for group in opposites(columns.conversation[kept])])
 
 
 def _chosen(prompt: np.ndarray, valid: float, by_default: bool) -> np.ndarray:

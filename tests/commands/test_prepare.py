@@ -511,6 +511,41 @@ def test_pairs_are_near_duplicates_only_where_both_answers_are(prepare):
     assert [(r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [(3, "rows.jsonl:1", "near")]
 
 
+CONTRADICTION = "rows.jsonl:1 and rows.jsonl:3: what is the better answer in one of them, or a good one, is the worse one in another"
+
+
+@pytest.mark.parametrize("padding", ["", "  "])
+@pytest.mark.parametrize(("better", "worse"), [("Paris.", "Rome."), ("Rome", "Paris"), ("Yes", "yes!")])
+def test_pairs_whose_answers_change_places_contradict_each_other_and_repeat_nothing(prepare, better, worse, padding):
+    asked = " ".join(f"word{n}" for n in range(300))  # so that the answers are little of what is compared
+    said = [(better, worse), ("Oslo", "Bonn"), (f"{worse}{padding}", better), (better, worse)]
+    write_rows(Path("rows.jsonl"), [{"prompt": asked if n != 1 else "q", "chosen": one, "rejected": other} for n, (one, other) in enumerate(said)])
+    for args in ((), ("--near-duplicates",)):
+        done = prepare("rows.jsonl", "--valid", 0, *args)
+        assert [(r["line"], r["same_as"], r["kind"]) for r in read("duplicates")] == [(4, "rows.jsonl:1", "exact")]
+        assert report()["contradictions"] == {"rows": 2, "examples": [["rows.jsonl:1", "rows.jsonl:3"]]}
+        assert f"2 rows contradict each other, such as {CONTRADICTION}" in " ".join(done["err"].split())
+    assert len(read("train")) == 3
+
+
+def test_pairs_that_nearly_do_so_repeat_nothing_either(prepare):
+    asked = " ".join(f"word{n}" for n in range(300))
+    rows = [("Paris, I think", "Rome"), ("Rome!", "Paris, I think so"), ("paris, i think", "Rome."), ("Rome", "Paris, I think")]
+    write_rows(Path("rows.jsonl"), [{"prompt": asked, "chosen": one, "rejected": other} for one, other in rows])
+    prepare("rows.jsonl", "--valid", 0, "--near-duplicates")
+    assert [(r["line"], r["same_as"]) for r in read("duplicates")] == [(3, "rows.jsonl:1"), (4, "rows.jsonl:2")]
+
+
+def test_an_answer_that_is_marked_as_good_and_as_bad_is_a_contradiction(prepare):
+    marks = [("a", True), ("b", True), ("a", False), ("b", True)]
+    write_rows(Path("rows.jsonl"), [{"prompt": "q", "completion": text, "label": mark} for text, mark in marks])
+    done = prepare("rows.jsonl", "--valid", 0)
+    assert report()["contradictions"] == {"rows": 2, "examples": [["rows.jsonl:1", "rows.jsonl:3"]]}
+    assert CONTRADICTION in " ".join(done["err"].split())
+    write_rows(Path("rows.jsonl"), [row("x", "1"), row("x", "2"), row("y", "1")])
+    assert "contradict" not in prepare("rows.jsonl", "--valid", 0)["err"] and not report()["contradictions"]["rows"]
+
+
 @pytest.mark.parametrize("differs", ["calls", "reasoning", "mark"])
 def test_rows_whose_answers_differ_beside_their_texts_are_no_near_duplicates(cli, tiny, tmp_path, differs):
     """The second one learns something else, and the third nearly what the first does."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.config.stages import PrepareConfig
-from gemma_tune.prepare.judge import Judge, _beside, _with_pictures
+from gemma_tune.prepare.judge import Judge, _with_pictures
 from gemma_tune.prepare.near import signature, similarity
+from gemma_tune.prepare.opposites import beside
 from support.command import write_rows
 from support.prepared import format_of, with_template
 from support.templates import TOOLS, assistant, call, user
@@ -39,7 +40,7 @@ def test_calls_are_compared_by_words_in_every_script(letters):
     """Two of forty words that differ by a letter are too much; in JSON's escapes each letter would be a word."""
     words = ["".join(letters[(n + 5 * k) % 12] for k in range(4)) + letters[n // 4 % 12] * (n % 3 + 4) for n in range(40)]
     other = [word[:-1] + letters[(n + 7) % 12] if n in (9, 25) else word for n, word in enumerate(words)]
-    signatures = [signature([*_beside([call("note", words=text)])]) for text in (" ".join(words), " ".join(other), " ".join(words).upper())]
+    signatures = [signature([*beside([call("note", words=text)])]) for text in (" ".join(words), " ".join(other), " ".join(words).upper())]
     assert similarity(signatures[0], signatures[1]) < 0.85 and similarity(signatures[0], signatures[2]) == 1
 
 
