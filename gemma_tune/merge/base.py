@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -91,7 +92,8 @@ def _named(session: Session) -> tuple[str, str | None]:
         before = session.manifest.stages.get("merge", {"inputs": {}})
         named = session.settings_of("merge").get("base")
         if INPUT in before["inputs"]:
-            return f"./{session.run.found(before['inputs'][INPUT]['path'])}", None
+            # By the dot it is no name at the hub; what lies on another drive of Windows has its whole path.
+            return os.path.join(".", session.run.found(before["inputs"][INPUT]["path"])), None
         if not named:
             _refuse(session, session.model)
     return split_revision(named)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import ntpath
+import posixpath
 import shutil
 from pathlib import Path
 
@@ -212,6 +214,21 @@ def test_an_unquantised_run_has_its_base(cli, trained, tiny, tmp_path):
     other = make_model(tmp_path / "other")
     result = cli("merge", "--run", trained, "--model", tiny, "--base", other)
     assert result.code == 2 and "is not quantised: it is the base itself" in result.err
+
+
+@pytest.mark.parametrize(("paths", "found", "named"), [
+    (posixpath, "elsewhere/base", "./elsewhere/base"), (posixpath, "../base", "./../base"),
+    (ntpath, "elsewhere\\base", ".\\elsewhere\\base"), (ntpath, "D:\\models\\base", "D:\\models\\base")])
+def test_a_base_on_another_drive_is_found_again_by_its_whole_path(monkeypatch, paths, found, named):
+    from types import SimpleNamespace
+
+    from gemma_tune.merge import base
+
+    manifest = SimpleNamespace(stages={"merge": {"inputs": {base.INPUT: {"path": "as the manifest has it"}}}})
+    session = SimpleNamespace(config=SimpleNamespace(base=None), manifest=manifest, run=SimpleNamespace(found=lambda path: found),
+                              settings_of=lambda stage: {"base": "as the manifest has it"})
+    monkeypatch.setattr(base, "os", SimpleNamespace(path=paths))
+    assert base._named(session) == (named, None)
 
 
 def test_a_base_of_the_hub_is_taken_again_at_its_commit(tmp_path):
