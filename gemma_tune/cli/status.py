@@ -111,53 +111,86 @@ def describe_run(run: str | None, model_id: str | None, verify: bool = False,
     Raises:
         UserError: no run there, or a damaged manifest.
     """
+    root, manifest = _run_there(run, model_id, listener or Listener())
+    paths = RunDir(root, manifest.model_name)
+    unread: dict[str, None] = {}
+    _notice_changed_base(root, manifest.model, verify, unread)
+    look = _read_once() if verify else _read_small(unread)
+    best, exported = _best(paths, manifest), summary_now(paths, manifest)
+    earlier = exported.get("earlier", {})
+    found = {stage: _stage(paths, manifest, stage, look) for stage in reversed(STAGES)}
+    records = {stage: manifest.stages.get(stage, {}) for stage in STAGES}
+    rows = [(stage, found[stage].shown, records[stage].get("ended", "")[:16].replace("T", " "),
+             _where(paths, stage, records[stage], earlier)) for stage in STAGES]
+    next_step, note = _next(paths, manifest, found)
+    keep_stamps(paths, manifest)
+    owner = Lock.owner_of(root)
+    if owner:
+        next_step, note = None, f"wait for {owner}"
+    return RunStatus(
+        root, manifest.model["id"], rows, next_step, owner, earlier,
+        base_damage=_damage_in_cache(manifest.model) if verify else None,
+        figures={stage: _figures(paths, stage, record | ({"summary": exported} if stage == "export-ollama" else {}),
+                                 found[stage].state, best) for stage, record in records.items()},
+        best=best, size=disk_usage(root), unread=tuple(unread), note=note, gone=gone(paths, manifest),
+        unused={} if owner else _unused_adapters(paths, manifest),
+        unused_sight={} if owner else _unused_sight(paths, manifest),
+        seen=0 if owner or not paths.seen.is_dir() else disk_usage(paths.seen))
+
+
+def _run_there(run: str | None, model_id: str | None, listener: Listener) -> tuple[Path, Manifest]:
+    """The run that is named, or the only one there, with what it has recorded."""
     root = find_run(run, model_id)
-    finish_killed(root, listener or Listener())
+    finish_killed(root, listener)
     manifest = current_manifest(root)
     if manifest is None:
         raise no_run(root)
     if run and model_id:
         refuse_other_id(root, manifest.model, model_id)
-    paths = RunDir(root, manifest.model_name)
-    unread: dict[str, None] = {}
-    _notice_changed_base(root, manifest.model, verify, unread)
+    return root, manifest
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """How a stage stands: with ``resume`` an interrupted training goes on; ``nothing_to_do`` says that an evaluation
+    has nothing to measure on."""
+
+    state: State
+    resume: str | None = None
+    nothing_to_do: bool = False
+
+    @property
+    def shown(self) -> str:
+        return f"{self.state.status}: {self.state.reason}" if self.state.reason else self.state.status
+
+
+def _stage(run: RunDir, manifest: Manifest, stage: str, look: Look) -> _Stage:
+    if stage == "train" and (interrupted := _interrupted(run, manifest, look)):
+        return interrupted
+    state = state_of(run, manifest, stage, look)
+    if stage == "eval" and state.status in ("missing", "stale") and nothing_held_out(manifest):
+        return _Stage(State(state.status, f"{NOTHING_HELD_OUT}; `eval --data FILE` takes others"), nothing_to_do=True)
+    return _Stage(state)
+
+
+def _next(run: RunDir, manifest: Manifest, found: Mapping[str, _Stage]) -> tuple[str | None, str | None]:
+    """The next command, or what to do where none helps."""
     # What was merged from an adapter that was trained elsewhere needs none of the stages before.
     outside = any(name.startswith(OUTSIDE) for name in manifest.stages.get("merge", {"inputs": {}})["inputs"])
-    not_needed = STAGES[:STAGES.index("merge")] if outside and "train" not in manifest.stages else ()
-    look = _read_once() if verify else _read_small(unread)
-    figures, best = {}, _best(paths, manifest)
-    exported = summary_now(paths, manifest)
-    earlier = exported.get("earlier", {})
-    next_step: str | None = command("chat", root, *(["--merged"] if not_needed else []))
-    rows, note = [], None
-    for stage in reversed(STAGES):
-        state, resume = _interrupted(paths, manifest, look) if stage == "train" else (None, None)
-        state = state or state_of(paths, manifest, stage, look)
-        nothing = stage == "eval" and state.status in ("missing", "stale") and nothing_held_out(manifest)
-        if nothing:
-            state = State(state.status, f"{NOTHING_HELD_OUT}; `eval --data FILE` takes others")
-        record = manifest.stages.get(stage, {})
-        so_far = best_so_far(paths.metrics) if state.status == "interrupted" else None
-        summary = exported if stage == "export-ollama" else record.get("summary", {})
-        figures[stage] = _figures(stage, {**record, "summary": summary}, best, so_far)
-        shown = f"{state.status}: {state.reason}" if state.reason else state.status
-        rows.append((stage, shown, record.get("ended", "")[:16].replace("T", " "),
-                     _where(paths, stage, record, earlier)))
-        if state.status != "done" and stage not in not_needed and not nothing:
-            note = None if resume else _right_to_read(root, record)
-            next_step = None if note else resume or command(stage, root, *_tuned(paths, manifest, stage))
-    if next_step and (moved := base_moved(root, manifest.model)):
-        note = f"{moved.message}; with its place: {next_step} --model DIR/{Path(manifest.model['path']).name}"
-        next_step = None
-    keep_stamps(paths, manifest)
-    owner = Lock.owner_of(root)
-    if owner:
-        next_step, note = None, f"wait for {owner}"
-    return RunStatus(root, manifest.model["id"], rows[::-1], next_step, owner, earlier,
-                     _damage_in_cache(manifest.model) if verify else None, figures, best, disk_usage(root),
-                     tuple(unread), note, gone(paths, manifest), {} if owner else _unused_adapters(paths, manifest),
-                     {} if owner else _unused_sight(paths, manifest),
-                     0 if owner or not paths.seen.is_dir() else disk_usage(paths.seen))
+    needed = STAGES[STAGES.index("merge"):] if outside and "train" not in manifest.stages else STAGES
+    stage = next((stage for stage in needed if found[stage].state.status != "done" and not found[stage].nothing_to_do),
+                 None)
+    if stage is None:
+        step = command("chat", run.root, *(["--merged"] if needed != STAGES else []))
+    elif found[stage].resume:
+        step = found[stage].resume
+    elif note := _right_to_read(run.root, manifest.stages.get(stage, {})):
+        return None, note
+    else:
+        step = command(stage, run.root, *_tuned(run, manifest, stage))
+    if moved := base_moved(run.root, manifest.model):
+        return None, f"{moved.message}; with its place: {step} --model DIR/{Path(manifest.model['path']).name}"
+    return step, None
 
 
 def _where(run: RunDir, stage: str, record: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> str:
@@ -180,14 +213,14 @@ def _best(run: RunDir, manifest: Manifest) -> tuple[int, float] | None:
     return (best[0] + shift, best[1]) if best else None
 
 
-def _figures(stage: str, record: Mapping[str, Any], best: tuple[int, float] | None,
-             so_far: tuple[int, float] | None) -> StageFigures:
-    """For people and programs; ``best`` is of the recorded training, and ``so_far`` of one that was interrupted."""
-    summary = record["summary"]
+def _figures(run: RunDir, stage: str, record: Mapping[str, Any], state: State,
+             best: tuple[int, float] | None) -> StageFigures:
+    """For people and programs; ``best`` is of the recorded training."""
+    summary = record.get("summary", {})
     lines = stage_lines(stage, summary)
     if stage == "train" and summary and best and best[0] != summary.get("kept_step", best[0]):
         lines.append(f"lowest validation loss: {best[1]:.3f} at step {best[0]:,}")
-    if so_far:
+    if state.status == "interrupted" and (so_far := best_so_far(run.metrics)):
         lines.append(f"lowest validation loss so far: {so_far[1]:.3f} at step {so_far[0]:,}")
     sizes = {item["path"]: item["bytes"] for item in record.get("outputs", {}).values()
              if isinstance(item.get("bytes"), int)}
@@ -281,18 +314,17 @@ def _read_once() -> Look:
     return lambda run, path, item: read(run, path)
 
 
-def _interrupted(run: RunDir, manifest: Manifest, look: Look) -> tuple[State | None, str | None]:
+def _interrupted(run: RunDir, manifest: Manifest, look: Look) -> _Stage | None:
     """A training that was stopped after the last one that is recorded, and the command that finishes it, or starts anew
     where it cannot be finished."""
     marker = unfinished(run.checkpoints, manifest.finished_trainings)
     if marker is None:
-        return None, None
+        return None
     saved = f"{whole(run.checkpoints)[-1].name} is saved"
     if has_other_rows(run, manifest, marker, look):
-        return (State("interrupted", f"{saved}, of other data than are prepared now: it cannot go on with these"),
-                command_to_start_anew(run, marker, manifest.kind))
-    return (State("interrupted", saved),
-            command_to_finish(run.checkpoints, marker["settings"], marker["asked"]))
+        return _Stage(State("interrupted", f"{saved}, of other data than are prepared now: it cannot go on with these"),
+                      command_to_start_anew(run, marker, manifest.kind))
+    return _Stage(State("interrupted", saved), command_to_finish(run.checkpoints, marker["settings"], marker["asked"]))
 
 
 def _notice_changed_base(root: Path, model: dict[str, Any], verify: bool, unread: dict[str, None]) -> None:
