@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
@@ -46,21 +46,12 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
     Raises:
         UserError: it cannot be had, is no adapter that can be trained on, or settings that were given contradict it.
     """
-    named = session.config.from_adapter
-    if named == NONE:
+    if session.config.from_adapter == NONE:
         return _but(session, from_adapter=None), {}
-    before = (waiting or session.settings_of("train")).get("from_adapter")
-    own = _is_the_run_s(session, named) if named else not waiting and _learned_answers(session)
-    again = bool(own and named) and not (waiting or session.force) and _began_with_copy(session, before)
-    if again:
-        named, own = before, False
-    if own:
-        folder, kept = _own(session, writes)
-    elif not (named or before) or not (named or waiting) and _is_own(session, before):
+    start = _start(session, waiting, writes)
+    if start is None:
         return session, {}
-    else:
-        folder, kept = _located(session, named or before)
-    adapter = read_adapter(folder)
+    adapter = read_adapter(start.folder)
     brought = settings_of(adapter)
     for name, none in (("full", False), ("modules_to_save", ())):  # what it does not train is not trained
         if getattr(session.config, name) != none:
@@ -70,13 +61,44 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
     asked = _contradictions(session, brought)
     if problems := [*asked.values(), *_other_base(session, adapter), *untrainable(adapter)]:
         raise _with_shapes(session, adapter, problems, asked)
-    began = "the training began with" if go_on or waiting else "starting from"
-    as_before = "" if named or own or go_on or waiting else ", as before"
-    session = _but(session, from_adapter=kept, **brought)
-    if again and not go_on:
+    session = _but(session, from_adapter=start.kept, **brought)
+    if start.again and not go_on:
         _refuse_twice(session)
-    session.listener.note(f"{began} the adapter {kept}{as_before}: {in_words(brought)}")
-    return session, {f"{_INPUT}_{name.split('.')[0]}": folder / name for name in FILES}
+    began, as_before = ("the training began with", "") if go_on or waiting else (
+        "starting from", "" if start.named else ", as before")
+    session.listener.note(f"{began} the adapter {start.kept}{as_before}: {in_words(brought)}")
+    return session, {f"{_INPUT}_{name.split('.')[0]}": start.folder / name for name in FILES}
+
+
+class _Start(NamedTuple):
+    """The adapter that a training starts from.
+
+    Attributes:
+        kept: what the manifest calls it.
+        named: whether it is one that is named now, or the run's own, and not the last training's.
+        again: whether the run's own is named, and the last training learned from the same data with a copy of the one
+            before: that copy is meant.
+    """
+
+    folder: Path
+    kept: str
+    named: bool = True
+    again: bool = False
+
+
+def _start(session: Session, waiting: Mapping[str, Any] | None, writes: bool) -> _Start | None:
+    """Which one it is, see :func:`with_start`; None where the training starts from the base."""
+    named = session.config.from_adapter
+    before = (waiting or session.settings_of("train")).get("from_adapter")
+    own = _is_the_run_s(session, named) if named else not waiting and _learned_answers(session)
+    again = bool(own and named) and not (waiting or session.force) and _began_with_copy(session, before)
+    if own and not again:
+        return _Start(*_own(session, writes))
+    if again:
+        named = before
+    if not (named or before) or not (named or waiting) and _is_own(session, before):
+        return None
+    return _Start(*_located(session, named or before), named=bool(named), again=again)
 
 
 def _learned_answers(session: Session) -> bool:
