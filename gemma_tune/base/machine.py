@@ -36,31 +36,38 @@ def _allowed() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@functools.cache
-def _quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Processors' worth of time that the control groups of this process leave it: the least of them; None without any.
-
-    Both versions, see ``cgroups(7)``: ``cpu.max`` has quota and period in microseconds, before it were two files.
-    """
+def control_groups(controller: str, root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup"),
+                   ) -> dict[Path, bool]:
+    """The directories of the control groups of this process that have a controller (``cpu``, ``memory``), and whether
+    they are of version 1, see ``cgroups(7)``; none on other systems than Linux."""
     try:
-        lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
     except OSError:
-        return None
-    found = []
+        return {}
+    found: dict[Path, bool] = {}
     for _, controllers, path in (line for line in lines if len(line) == 3):
-        if not controllers:
-            base, names = root, ("cpu.max",)
-        elif "cpu" in controllers.split(","):
-            base, names = root / controllers, ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
-        group = base / path.lstrip("/")
-        # In a container the path can be one outside of it, and its own limits lie at the root.
-        found += [_of_group(folder, names) for folder in {group, *group.parents, base} if folder.is_relative_to(base)]
+        # Controllers that lie together are found under all of their names, or under the own one.
+        for base in {root / controllers, root / controller} if controllers else {root}:
+            group = base / path.lstrip("/")
+            # In a container the path can be one outside of it, and its own limits lie at the root.
+            found |= dict.fromkeys((folder for folder in (group, *group.parents, base) if folder.is_relative_to(base)),
+                                   bool(controllers))
+    return found
+
+
+@functools.cache
+def _quota(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Processors' worth of time that the control groups of this process leave it: the least of them; None without any.
+    """
+    found = [_of_group(folder, version_1) for folder, version_1 in control_groups("cpu", root, own).items()]
     return min((quota for quota in found if quota), default=None)
 
 
-def _of_group(folder: Path, names: tuple[str, ...]) -> float | None:
+def _of_group(folder: Path, version_1: bool) -> float | None:
+    """From a file with quota and period in microseconds, or, in version 1, one for each."""
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version_1 else ("cpu.max",)
     try:
         quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
         return int(quota) / int(period) if int(quota) > 0 else None

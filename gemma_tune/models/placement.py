@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.machine import control_groups
 from gemma_tune.base.words import gigabytes
 
 if TYPE_CHECKING:
@@ -209,35 +210,21 @@ def place(parameters: int, extra: int = 0) -> tuple[Placement | None, str]:
 
 def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
     """What each limit on the memory of this process's control groups leaves, version 1 and 2; infinity, if none."""
-    left = [2**63]
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return left
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        version_1 = controllers != ""
-        if version_1 and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if version_1 else root
-        group = base / path.lstrip("/")
-        # In a container the path may be the host's, and the own group is mounted at the root.
-        for folder in (base, group, *(g for g in group.parents if g.is_relative_to(base))):
-            left += _left_in(folder, version_1)
-    return left
+    found = [_left_in(folder, version_1) for folder, version_1 in control_groups("memory", root, own).items()]
+    return [2**63, *(left for left in found if left is not None)]
 
 
-def _left_in(folder: Path, version_1: bool) -> list[int]:
+def _left_in(folder: Path, version_1: bool) -> int | None:
     limit, usage, pages = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ") if version_1
                            else ("memory.max", "memory.current", "inactive_file "))
     try:
         bound = (folder / limit).read_text(encoding="ascii").strip()
         if bound == "max":
-            return []
+            return None
         used = int((folder / usage).read_text(encoding="ascii"))
         stat = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
-        return []
+        return None
     # The cache of files that nobody reads at the moment is given up before anything is refused.
     reclaimable = sum(int(line.split()[1]) for line in stat if line.startswith(pages))
-    return [max(0, int(bound) - used + reclaimable)]
+    return max(0, int(bound) - used + reclaimable)

@@ -66,6 +66,8 @@ def control_group(root: Path, group: str, files: dict[str, str]) -> None:
     ("0::/user/job", {"user": {"cpu.max": "200000 100000\n"}, "user/job": {"cpu.max": "max 100000\n"}}, 2.0),
     ("0::/outside/of/it", {".": {"cpu.max": "300000 100000\n"}}, 3.0),
     ("4:memory:/x\n3:cpu,cpuacct:/x", {"cpu,cpuacct/x": {"cpu.cfs_quota_us": "50000\n", "cpu.cfs_period_us": "100000\n"}}, 0.5),
+    ("3:cpu,cpuacct:/x", {"cpu/x": {"cpu.cfs_quota_us": "50000\n", "cpu.cfs_period_us": "100000\n"}}, 0.5),
+    ("broken\n0::/", {".": {"cpu.max": "150000 100000\n"}}, 1.5),
     ("3:cpu,cpuacct:/x", {"cpu,cpuacct/x": {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}}, None),
     ("2:memory:/x", {".": {"cpu.max": "100000 100000\n"}}, None),
 ])

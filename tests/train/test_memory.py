@@ -264,6 +264,10 @@ def test_limits_of_control_groups_of_version_1_and_in_containers(tmp_path):
     own = tmp_path / "own"
     own.write_text("9:name=systemd:/x\n4:cpu,memory:/docker/of/the/host\n0::/\n")
     assert min(placement._left_by_groups(root, own)) == 1500
+    (root / "memory").rename(root / "cpu,memory")
+    assert min(placement._left_by_groups(root, own)) == 1500, "also where controllers lie together under all of their names"
+    own.write_text("of no such form\n4:cpu,memory:/docker\n")
+    assert min(placement._left_by_groups(root, own)) == 1500
     own.write_text("4:cpuset:/docker\n")
     assert min(placement._left_by_groups(root, own)) == 2**63
     assert min(placement._left_by_groups(root, tmp_path / "no such file")) == 2**63
