@@ -8,7 +8,7 @@ from pathlib import Path
 from gemma_tune.base.errors import UserError
 from gemma_tune.gguf.architectures.parts import NotInLlamaCpp
 from gemma_tune.gguf.projectors.parts import AUDIO, VISION, Projector
-from gemma_tune.gguf.projectors.registry import projector_of
+from gemma_tune.gguf.projectors.registry import LeftOver, projector_of
 
 _TAKES = {VISION: "pictures", AUDIO: "sounds"}
 
@@ -27,6 +27,8 @@ def senses_of(merged: Path, wanted: bool) -> tuple[Projector | None, str]:
     alone = "what is exported takes text alone, though the merged model takes "
     try:
         projector = projector_of(merged)
+    except LeftOver as e:
+        return None, f"what is exported takes text alone: {e.message.rstrip('.')}".replace(f"{merged}", merged.name)
     except UserError as e:  # also where the weights cannot be read, which is told with those of the text
         hint = None if isinstance(e, NotInLlamaCpp) else e.hint  # that of a whole model
         reasons = "; ".join(text.rstrip(".") for text in (e.message, *e.problems, hint) if text)

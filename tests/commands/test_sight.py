@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.words import small_size
 from gemma_tune.export import senses, served_sight, sight
-from gemma_tune.gguf.reader import read_gguf_metadata
+from gemma_tune.gguf.reader import GgufFile, read_gguf_metadata
 from support.command import MANIFEST_SCHEMA, QUICK, copied_run, invoke, rows, write_rows
 from support.modelfile import parse_modelfile
 from support.models import make_seeing
@@ -179,6 +180,28 @@ def test_a_run_that_was_exported_before_gets_its_sight(quick, seeing):
     result = quick()
     assert result.json["status"] == "done" and result.json["artifacts"]["projector"] and identity(Q8) == gguf
     assert quick().json["status"] == "up-to-date"
+
+
+@pytest.mark.parametrize("place", ["", "model."])
+def test_parts_of_towers_that_no_configuration_describes_stay_in_the_merged_model_and_are_told(cli, quick, tiny, tmp_path, monkeypatch, place):
+    """As where a repository's text model was made of the whole one by its config.json alone."""
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(tiny, tmp_path / "models/leftover")
+    parts = {f"{place}{name}": torch.randn(4, 8, dtype=torch.bfloat16) for name in (
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight", "multi_modal_projector.mm_input_projection_weight")}
+    save_file(load_file(model / "model.safetensors") | parts, model / "model.safetensors", {"format": "pt"})
+    data = write_rows(tmp_path / "rows.jsonl", rows())
+    for args in (("prepare", data, "--model", model), ("train", *QUICK), ("merge",)):
+        done = cli(*args)
+        assert done.code == 0, done.err
+    merged = load_file("runs/leftover/leftover_lora_merged/model.safetensors")
+    assert all(torch.equal(merged[name], value) for name, value in parts.items())
+    result = quick()
+    assert result.code == 0, result.err
+    assert (f"what is exported takes text alone: 2 tensors of what sees or hears, such as {place}multi_modal_projector."
+            "mm_input_projection_weight, stay in leftover_lora_merged, whose config.json describes a model of text alone") in result.err
+    exported = GgufFile(Path("runs/leftover/ollama/leftover-q8_0.gguf"), keys=()).tensors
+    assert "token_embd.weight" in exported and not any(name.startswith(("v.", "mm.")) for name in exported)
 
 
 def test_towers_that_cannot_be_written_are_told_of(quick, seeing, monkeypatch):

@@ -101,9 +101,13 @@ def _make(name: str, whole: Any, path: Path, problems: Callable[[Any], list[str]
 
 def parts_of(whole: Any, text: Any) -> dict[str, Any]:
     """How to tell the text model's tensors in a checkpoint of ``whole``, for `Architecture`."""
-    if whole is text:
-        return {}
-    return {"left_out": lambda name: _OTHER_PARTS.match(name) is not None, "canonical": canonical}
+    return {"left_out": is_other_part} | ({} if whole is text else {"canonical": canonical})
+
+
+def is_other_part(name: str) -> bool:
+    """Whether a tensor is of what sees or hears. Checkpoints have some left over whose configuration, since they were
+    taken apart, describes the text model alone; transformers passes them over as well."""
+    return _OTHER_PARTS.match(name) is not None
 
 
 def canonical(name: str) -> str:

@@ -16,7 +16,15 @@ import numpy as np
 
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.gguf.architectures import experts
-from gemma_tune.gguf.architectures.gemma import EMBEDDING, HEAD, differing, parts_of, unknown_rope, unusual_heads
+from gemma_tune.gguf.architectures.gemma import (
+    EMBEDDING,
+    HEAD,
+    differing,
+    is_other_part,
+    parts_of,
+    unknown_rope,
+    unusual_heads,
+)
 from gemma_tune.gguf.architectures.parts import (
     Architecture,
     Change,
@@ -153,7 +161,8 @@ def _make(kind: _Kind, config: Mapping[str, Any], path: Path) -> Architecture:
     said = config.get("text_config", config).get("head_dim")
     stated = dim if said or dim * heads != text.hidden_size else None
     # Old checkpoints store what follows from the configuration.
-    parts = {"left_out": lambda name: name.endswith(".rotary_emb.inv_freq")} | parts_of(whole, text)
+    parts = parts_of(whole, text) | {
+        "left_out": lambda name: name.endswith(".rotary_emb.inv_freq") or is_other_part(name)}
     return Architecture(gguf.MODEL_ARCH_NAMES[kind.arch], _tensors(kind, text, dim),
                         partial(_metadata, kind, text, dim, stated), tokenizer_kind(path.parent), text.vocab_size,
                         text.num_hidden_layers, heads, text.num_key_value_heads, tied=whole.tie_word_embeddings,

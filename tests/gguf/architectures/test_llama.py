@@ -282,6 +282,7 @@ def test_released_configurations() -> None:
     assert len(smol.tensors) == 3 + 30 * 9
     old = architecture({"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768})
     assert old.left_out("model.layers.0.self_attn.rotary_emb.inv_freq") and not old.tied
+    assert old.left_out("vision_tower.weight") and not old.left_out("model.vision.weight"), "of a repository whose text model is all it describes"
     assert (qwen.context, smol.context, old.context) == (None, None, 4096), "where it is shorter than the model's own"
 
 
