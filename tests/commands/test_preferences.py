@@ -22,7 +22,7 @@ from gemma_tune.train.preference import PreferenceTrainer
 from gemma_tune.train.preference_loss import PreferenceLoss
 from gemma_tune.train.trainer import GemmaTrainer
 from gemma_tune.train.units import Units
-from support.command import MANIFEST_SCHEMA, write_rows
+from support.command import MANIFEST_SCHEMA, copied_run, invoke, write_rows
 from support.training import adapter_bytes, stop_at
 
 FLAGS = ("--epochs", 4, "--rank", 4, "--dtype", "fp32", "--learning-rate", 5e-3, "--samples", 0)
@@ -42,10 +42,19 @@ def judged() -> list[dict]:
             for row in pairs() for side in ("chosen", "rejected")]
 
 
+@pytest.fixture(scope="module")
+def prepared_once(tiny, tmp_path_factory) -> Path:
+    """A run of pairs; copy it, do not change it."""
+    place = tmp_path_factory.mktemp("pairs")
+    done = invoke("prepare", write_rows(place / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4, "--run", place / RUN)
+    assert done.code == 0, done.err
+    return place / RUN
+
+
 @pytest.fixture
-def prepared(cli, tiny, tmp_path):
-    """A run of pairs."""
-    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs()), "--model", tiny, "--valid", 4).code == 0
+def prepared(prepared_once, tiny, tmp_path) -> Path:
+    """Such a run of one's own."""
+    copied_run(prepared_once, tmp_path, tiny, "pairs.jsonl")
     return RUN
 
 

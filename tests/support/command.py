@@ -60,11 +60,11 @@ def write_rows(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def copied_run(once: Path, tmp_path: Path, model: Path) -> Path:
+def copied_run(once: Path, tmp_path: Path, model: Path, data: str = "rows.jsonl") -> Path:
     """A copy of a run, and of the data beside it, in a test's own directory."""
     run = tmp_path / "runs" / once.name
     shutil.copytree(once, run)
-    shutil.copy2(once.parent.parent / "rows.jsonl", tmp_path)
+    shutil.copy2(once.parent.parent / data, tmp_path)
     # The copy lies elsewhere, so the recorded relative path of the base model leads nowhere: name it once.
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["model"]["path"] = os.path.relpath(model, run)

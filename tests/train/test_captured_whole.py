@@ -3,6 +3,7 @@ a fused optimiser that leaves steps out, and rounded copies of the adapter. What
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from gemma_tune.train.adamw import AdamWAsOne
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.late import LateFigures
 from support import graphs
+from support.command import copied_run, invoke
 from support.graphs import Captures, Graph
 
 
@@ -72,6 +74,35 @@ def computes_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Captures:
 
 
 SFT = "--method", "sft"
+Eager = tuple[Path, tuple]  # a run that was trained as it is without a GPU, and the command that did
+
+
+@pytest.fixture(scope="module")
+def eager_once(tiny, tmp_path_factory) -> Eager:
+    """Copy the run, do not change it."""
+    place = tmp_path_factory.mktemp("eager")
+    run = place / "runs" / "tiny-gemma"
+    return run, trained_eagerly(lambda *args: invoke(*args, "--run", run), tiny, place, 4, SFT)
+
+
+def longer(command: tuple, epochs: int) -> tuple:
+    """The command with which its training goes on."""
+    return "train", "--continue", *(word for word in command[1:] if word != "--force"), "--epochs", epochs
+
+
+@pytest.fixture(scope="module")
+def longer_once(eager_once, tiny, tmp_path_factory) -> list[dict]:
+    """What is logged where that training goes on as it began."""
+    run = copied_run(eager_once[0], tmp_path_factory.mktemp("longer"), tiny, "pairs.jsonl")
+    assert invoke(*longer(eager_once[1], 6), "--run", run).code == 0
+    return log(run)
+
+
+@pytest.fixture
+def eager(eager_once, tiny, tmp_path) -> tuple:
+    """The command of such a run, which lies here."""
+    copied_run(eager_once[0], tmp_path, tiny, "pairs.jsonl")
+    return eager_once[1]
 
 
 @pytest.mark.parametrize("flags", [SFT, (), ("--method", "kto"), (*SFT, "--qlora"), (*SFT, "--activation-checkpointing"),
@@ -79,7 +110,7 @@ SFT = "--method", "sft"
 def test_a_training_that_is_replayed_is_the_same(cli, tiny, tmp_path, request, monkeypatch, flags):
     """An evaluation comes before the first step, and has the training's largest shape captured. The optimiser is given one
     tensor in each step."""
-    command = trained_eagerly(cli, tiny, tmp_path, 4, flags)
+    command = request.getfixturevalue("eager") if flags == SFT else trained_eagerly(cli, tiny, tmp_path, 4, flags)
     expected = log()
     assert expected[0]["step"] == 0
     request.getfixturevalue("as_on_a_gpu")
@@ -94,35 +125,25 @@ def test_a_training_that_is_replayed_is_the_same(cli, tiny, tmp_path, request, m
     same_figures(expected, found)
 
 
-def test_a_training_that_goes_on_is_the_same(cli, tiny, tmp_path, request):
+def test_a_training_that_goes_on_is_the_same(cli, eager, longer_once, as_on_a_gpu):
     """What is loaded from a checkpoint goes where captured steps read it: weights, and the state of the optimiser."""
-    command = trained_eagerly(cli, tiny, tmp_path, 4, SFT)
-    longer = ("train", "--continue", *(word for word in command[1:] if word != "--force"), "--epochs", 6)
-    assert cli(*longer).code == 0
-    expected = log()
-    captures = request.getfixturevalue("as_on_a_gpu")
-    assert cli(*command).code == 0
-    before = len(captures.order)
-    result = cli(*longer)
+    assert cli(*eager).code == 0
+    before = len(as_on_a_gpu.order)
+    result = cli(*longer(eager, 6))
     assert result.code == 0, result.err
-    assert "cannot be captured" not in result.err and len(captures.order) > before
-    same_figures(expected, log())
+    assert "cannot be captured" not in result.err and len(as_on_a_gpu.order) > before
+    same_figures(longer_once, log())
 
 
-def test_a_training_goes_on_on_another_device(cli, tiny, tmp_path, request):
+def test_a_training_goes_on_on_another_device(cli, eager, longer_once):
     """A checkpoint says how its optimiser computed, which is not how it is done there."""
-    command = trained_eagerly(cli, tiny, tmp_path, 4, SFT)
-    longer = ("train", "--continue", *(word for word in command[1:] if word != "--force"))
-    assert cli(*longer, "--epochs", 6).code == 0
-    expected = log()
-    assert cli(*command).code == 0
     with pytest.MonkeyPatch.context() as there:
         computes_as_on_a_gpu(there)
-        result = cli(*longer, "--epochs", 6)
+        result = cli(*longer(eager, 6))
         assert result.code == 0, result.err
         assert "cannot be captured" not in result.err and Graph.replays
-        same_figures(expected, log())
-    assert cli(*longer, "--epochs", 8).code == 0
+        same_figures(longer_once, log())
+    assert cli(*longer(eager, 8)).code == 0
     found = torch.load(f"runs/tiny-gemma/training_checkpoints/checkpoint-{log()[-1]['step']}/optimizer.pt")
     assert not found["param_groups"][0]["fused"] and {float(s["step"]) for s in found["state"].values()} == {log()[-1]["step"]}
 
@@ -136,24 +157,20 @@ def test_a_step_has_its_dropout_and_an_evaluation_none(cli, tiny, data, as_on_a_
     assert [any("bernoulli" in name for name in names) for names in as_on_a_gpu.names] == learns
 
 
-def test_a_training_whose_steps_cannot_be_captured_is_the_same(cli, tiny, tmp_path, request, monkeypatch):
+def test_a_training_whose_steps_cannot_be_captured_is_the_same(cli, eager, as_on_a_gpu, monkeypatch):
     """Something in the model looks at a number, which CUDA breaks a capture off for."""
-    command = trained_eagerly(cli, tiny, tmp_path, 4, SFT)
     expected = log()
-    request.getfixturevalue("as_on_a_gpu")
     loss = captured.LearnedTokens.loss
     monkeypatch.setattr(captured.LearnedTokens, "loss", lambda *args: loss(*args) * float(args[1].sum().item() > 0))
-    result = cli(*command)
+    result = cli(*eager)
     assert result.code == 0, result.err
     assert result.err.count("steps cannot be captured here and go one kernel at a time") == 2  # learning, and evaluating
     assert not Graph.replays
     same_figures(expected, log())
 
 
-def test_a_step_that_is_not_finite_does_not_reach_the_weights(cli, tiny, tmp_path, request, monkeypatch):
+def test_a_step_that_is_not_finite_does_not_reach_the_weights(cli, eager, as_on_a_gpu, monkeypatch):
     """It is found out when the next one is done, which so began with good weights."""
-    command = trained_eagerly(cli, tiny, tmp_path, 2, SFT)
-    request.getfixturevalue("as_on_a_gpu")
     plain, trained = trainer.GemmaTrainer.compute_loss, []
 
     def poisoned(self, model, *args, **kwargs):
@@ -164,7 +181,7 @@ def test_a_step_that_is_not_finite_does_not_reach_the_weights(cli, tiny, tmp_pat
         return loss
 
     monkeypatch.setattr(trainer.GemmaTrainer, "compute_loss", poisoned)
-    result = cli(*command, "--no-cuda-graphs", "--eval-steps", 100, "--save-steps", 100)
+    result = cli(*eager, "--no-cuda-graphs", "--eval-steps", 100, "--save-steps", 100)
     assert result.code == 1 and "not finite at step 3" in result.err, result.err
     assert trained[0].state.global_step == 4 and isinstance(trained[0].optimizer, AdamWAsOne)
     assert all(weight.isfinite().all() for weight in trained[0].gradients.weights)
