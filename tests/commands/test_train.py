@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from gemma_tune.base import files
 from gemma_tune.encoding import tokenizer
 from gemma_tune.run import stopped
-from support.command import QUICK, Result, rows, write_rows
+from support.command import QUICK, Result, copied_run, invoke, rows, write_rows
 from support.training import adapter_bytes, by_hand, plain_loss, stop_at
 
 LONG = ("--epochs", 6, "--rank", 4, "--dtype", "fp32", "--save-steps", 2)
@@ -30,9 +30,20 @@ def metrics(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (run / "logs" / name).read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def prepared_once(tiny, tmp_path_factory) -> Path:
+    """A run that is prepared; copy it, do not change it."""
+    place = tmp_path_factory.mktemp("prepared")
+    run = place / "runs/tiny-gemma"
+    done = invoke("prepare", write_rows(place / "rows.jsonl", rows()), "--model", tiny, "--run", run)
+    assert done.code == 0, done.err
+    return run
+
+
 @pytest.fixture
-def prepared(cli, tiny, data):
-    assert cli("prepare", data, "--model", tiny).code == 0
+def prepared(prepared_once, tiny, tmp_path) -> Path:
+    """Such a run of one's own."""
+    copied_run(prepared_once, tmp_path, tiny)
     return Path("runs/tiny-gemma")
 
 
