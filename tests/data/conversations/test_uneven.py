@@ -32,6 +32,7 @@ def mended(*turns):
      [user("a"), call("weather", "look"), result("rain"), assistant("c")], (JOINED,)),
     ([user("a"), user("b"), call("weather"), result("rain"), assistant("c")],
      [user("a\n\nb"), call("weather"), result("rain"), assistant("c")], (JOINED,)),
+    ([user("a"), call("weather"), user("b"), assistant("c")], [user("a"), call("weather"), user("b"), assistant("c")], ()),
 ])
 def test_what_becomes_of_turns(turns, expected, done):
     assert mended(*turns) == (expected, done)
@@ -40,7 +41,7 @@ def test_what_becomes_of_turns(turns, expected, done):
 @pytest.mark.parametrize("turns", [
     [user("a")], [assistant("a")], [system("s"), assistant("a")], [user("a"), assistant("b"), system("s"), user("c"), assistant("d")],
     [user("a"), assistant("b", train=False), assistant("c")], [user("a"), assistant("b"), assistant("c", reasoning_content="r")],
-    [user("a"), call("weather"), user("b"), assistant("c")], [user("a"), assistant("b"), user(" ")]])
+    [user("a"), call("weather"), assistant("c")], [user("a"), assistant("b"), user(" ")]])
 def test_what_would_have_to_be_made_up_is_refused(turns):
     with pytest.raises(RowError) as caught:
         mended(*turns)
