@@ -23,6 +23,7 @@ from gemma_tune.train.batches import trained_count
 from gemma_tune.train.buckets import STEP, Bucket
 from gemma_tune.train.captured import filled, inputs_of, size_of
 from gemma_tune.train.looking import Shown
+from gemma_tune.train.products import gradients_aside
 from gemma_tune.train.undoing import set_until
 
 _BYTES = 4  # of the numbers that are sent
@@ -83,8 +84,9 @@ class LearnedPictures:
         weights = [p for p in self.model.parameters() if p.requires_grad]
         device, small = weights[0].device, Bucket(1, STEP, STEP, STEP)
         inputs = torch.zeros(self.size(small), dtype=torch.int32, device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            torch.autograd.grad(self.loss(inputs, small, torch.ones(2, device=device)), weights, allow_unused=True)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), \
+                gradients_aside(weights):
+            self.loss(inputs, small, torch.ones(2, device=device)).backward()
         self._tried = True
 
     def loss(self, flat: torch.Tensor, bucket: Bucket, weights: torch.Tensor) -> torch.Tensor:
@@ -159,8 +161,8 @@ class LearnedPictures:
     @cached_property
     def _kind(self) -> tuple[torch.dtype, int]:
         """The type of embeddings, and numbers of each."""
-        weight = self._causal_lm.get_input_embeddings().weight
-        return weight.dtype, self._first[self._layers[0]].shape[1]
+        # Not that of the embedding's weights, which are wide where they are trained as a whole.
+        return self._causal_lm.dtype, self._first[self._layers[0]].shape[1]
 
 
 @contextlib.contextmanager

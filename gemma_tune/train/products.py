@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -40,6 +41,19 @@ def gradient_of(weight: torch.Tensor) -> torch.Tensor:
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
+
+
+@contextlib.contextmanager
+def gradients_aside(weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let weights be without gradients while the context lasts; what they get meanwhile is forgotten."""
+    kept = [weight.grad for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    try:
+        yield
+    finally:
+        for weight, grad in zip(weights, kept):
+            weight.grad = grad
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -10,16 +10,22 @@ import numpy as np
 import pytest
 import torch
 from answers.test_eyes import pictures, seers  # noqa: F401 - fixtures
+from peft import get_peft_model
 from train.test_captured import WAITING, on_gpu, weights
-from train.test_looking import ALL, Rows, of  # noqa: F401 - a fixture
+from train.test_looking import ALL, FP32, Rows, of  # noqa: F401 - a fixture
 
+from gemma_tune.config.stages import TrainConfig
+from gemma_tune.lora.targets import lora_config, targets_of
+from gemma_tune.models.load import load_model
 from gemma_tune.train.batches import collate
 from gemma_tune.train.buckets import Bucket, Buckets, Costs
 from gemma_tune.train.captured import CapturedSteps
 from gemma_tune.train.captured_pictures import LearnedPictures
 from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
+from gemma_tune.train.summed_loss import install_summed_loss
 from gemma_tune.train.trainer import GemmaTrainer
+from gemma_tune.train.whole import train_whole
 from support.another_device import THERE, computing_there, operations_of, there
 from support.graphs import install
 from support.listener import Said
@@ -51,11 +57,21 @@ def eagerly(rows: Rows, model, part: dict, gradients: Gradients) -> tuple[float,
     return loss.item(), gradients.as_one.clone()
 
 
-@pytest.mark.parametrize("family", ALL)
-def test_replays_teach_what_the_eager_steps_do(of, family, monkeypatch):  # noqa: F811
+def all_weights(rows: Rows):
+    """The model as ``train --full`` has it."""
+    config, base = TrainConfig(full=True), load_model(rows.folder, FP32, sight="features")
+    model = get_peft_model(base, lora_config(config, targets_of(base, config))).train()
+    train_whole(model)
+    install_summed_loss(model.get_base_model())
+    return model
+
+
+@pytest.mark.parametrize(("family", "made"), [*((family, Rows.tuned) for family in ALL),
+                                              *((family, all_weights) for family in ("gemma3", "gemma4-small", "qwen3_vl"))])
+def test_replays_teach_what_the_eager_steps_do(of, family, made, monkeypatch):  # noqa: F811
     """All pieces in one shape, captured with the first of them; the loss alone as well, as in an evaluation."""
     rows = of(family)
-    model = rows.tuned()
+    model = made(rows)
     body, parts, said = body_of(rows, model), parts_of(rows), Said()
     shapes = np.repeat([[*np.max([body.shape(part) for part in parts], 0)]], 4, 0)
     gradients = Gradients(weights(model), fixed=True)
