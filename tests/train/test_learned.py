@@ -139,7 +139,7 @@ def test_a_training_loss_of_a_few_steps_is_told_where_it_is_more_than_chance(rec
     """As after a short --continue, which would seem to have made the model worse."""
     said = Said()
     moved = SimpleNamespace(layers=1, still=[], norm=1.0)
-    _tell(SimpleNamespace(listener=said), moved, None, records)
+    _tell(SimpleNamespace(listener=said, config=TrainConfig()), moved, None, records)
     assert ("training loss" in "".join(map(str, said.notes))) == told
     [found] = changes(records)
     assert found.by_chance != told
