@@ -13,6 +13,7 @@ from gemma_tune.lora.config import CONFIG, WEIGHTS
 from gemma_tune.lora.experts import adaptable, module_of
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.names import found_among
+from gemma_tune.lora.targets import NO_LAYER
 
 
 def running_names(adapter: Adapter, base: Any) -> dict[str, str]:
@@ -55,7 +56,7 @@ def renamed_adapter(adapter: Adapter, names: Mapping[str, str], folder: Path) ->
     root = adapter.config.get("use_rslora")
     ranks = {layer: lora.rank for layer, lora in layers.items()}
     config = adapter.config | {
-        "target_modules": [layer for layer in layers if layer not in parameters],
+        "target_modules": [layer for layer in layers if layer not in parameters] if layers else NO_LAYER,
         "target_parameters": parameters or None,
         "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
         "rank_pattern": {re.escape(layer): rank for layer, rank in ranks.items()},

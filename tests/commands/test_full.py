@@ -213,6 +213,29 @@ def test_all_weights_of_a_family(cli, tmp_path, name):
     assert len(text & same) < 0.2 * len(text), sorted(text & same)
 
 
+def test_it_answers_in_the_form_of_its_model_that_sees(cli, tmp_path):
+    """Which names layers otherwise than the text model that was trained."""
+    from gemma_tune.lora.load import add_adapter
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import choose_placement
+
+    model, run = tmp_path / "model", tmp_path / "run"
+    make("qwen3.5 with an eye", model)
+    for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
+                 ("train", "--full", "--max-steps", 2, "--learning-rate", 1e-3, "--dtype", "fp32", "--samples", 0)):
+        result = cli(*args, "--run", run)
+        assert result.code == 0, result.err
+    answers = {}
+    for sight in ("none", "towers"):
+        tuned = add_adapter(load_model(model, choose_placement("fp32"), sight=sight), run / "model_lora_adapter")
+        with torch.no_grad():
+            answers[type(tuned.get_base_model())] = tuned(torch.arange(5, 25)[None]).logits
+            with tuned.disable_adapter():
+                base = tuned(torch.arange(5, 25)[None]).logits
+    text, sees = answers.values()
+    assert torch.allclose(text, sees, atol=1e-4) and not torch.allclose(sees, base, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["qwen 3 with experts", "mamba 2", "dense granite hybrid"])
 def test_a_model_of_which_much_would_stay_is_refused(cli, tmp_path, name):
     make(name, tmp_path / "model")
