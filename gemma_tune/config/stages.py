@@ -21,7 +21,8 @@ from gemma_tune.config.preference import MethodConfig
 from gemma_tune.config.settings import StageConfig, option
 
 DEFAULT_MODEL = "google/gemma-3-270m-it"
-_OF_ADAPTERS = ("rank", "alpha", "dropout", "rslora", "dora", "target_modules", "modules_to_save")
+# Settings of an adapter, which a training of all weights has none of.
+OF_ADAPTERS = ("rank", "alpha", "dropout", "rslora", "dora", "target_modules", "modules_to_save")
 DTYPES = ("auto", "bf16", "fp32", "fp16")
 MERGED_DTYPES = ("bf16", "fp16", "fp32")
 # Limits of what is worked through one by one, or given memory for: far beyond what anybody needs.
@@ -363,17 +364,17 @@ class TrainConfig(MethodConfig, StageConfig):
     def outdone(self, given: Collection[str], before: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Whoever asks for an adapter's rank wants an adapter, and whoever wants all weights trained none; the learning
         rate of one is ten times that of the other."""
-        full = self.full if "full" in given else None if given.isdisjoint(_OF_ADAPTERS) else False
+        full = self.full if "full" in given else None if given.isdisjoint(OF_ADAPTERS) else False
         if full in (None, before.get("full", {"value": False})["value"]):
             return set()
-        return {"full", "learning_rate", "qlora", *_OF_ADAPTERS}
+        return {"full", "learning_rate", "qlora", *OF_ADAPTERS}
 
     def _whole_problems(self) -> list[str]:
         """Settings that do not go with weights that are trained as a whole."""
         if self.full:
             own = {field.name: field.default for field in fields(self)}
             problems = [f"{name}: belongs to an adapter, and --full trains none; leave one of them out"
-                        for name in _OF_ADAPTERS if getattr(self, name) != own[name]]
+                        for name in OF_ADAPTERS if getattr(self, name) != own[name]]
         else:
             problems = [f"modules_to_save: {name} is in --target-modules, too; leave it out of one of them"
                         for name in self.modules_to_save if name in self.target_modules]

@@ -13,20 +13,22 @@ from typing import Any, NamedTuple
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fingerprint, os_errors, replacing_directory
-from gemma_tune.config.settings import in_words
-from gemma_tune.config.stages import AUTO
+from gemma_tune.config.settings import as_flags, in_words
+from gemma_tune.config.stages import AUTO, OF_ADAPTERS, TrainConfig
 from gemma_tune.hub.access import MODEL_ID
 from gemma_tune.lora.files import Adapter, read_adapter
 from gemma_tune.lora.start import FILES, misfit, settings_of, untrainable
 from gemma_tune.models.source import split_revision
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import locked, other_settings
+from gemma_tune.train.method import usual_rate
 
 PREFERENCES = ("dpo", "kto", "orpo")
 NONE = "none"  # starts from zero again, where an adapter was named before
 _HUB = "hf:"
 _INPUT = "from_adapter"
 _ORIGIN = "adapter"  # of settings that it brings along
+_KINDS = {True: "all weights", False: "LoRA"}
 _FOUR_BIT = re.compile(r"(-unsloth)?-bnb-4bit$")
 
 
@@ -52,21 +54,21 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
     if start is None:
         return session, {}
     adapter = read_adapter(start.folder)
-    brought = settings_of(adapter)
-    for name, none in (("full", False), ("modules_to_save", ())):  # what it does not train is not trained
-        if getattr(session.config, name) != none:
-            brought.setdefault(name, none)
-    if "dropout" in session.given and "dropout" in brought:  # which says nothing of what the adapter computes
-        brought["dropout"] = session.config.dropout
+    has = settings_of(adapter)
+    if "dropout" in session.given and "dropout" in has:  # which says nothing of what the adapter computes
+        has["dropout"] = session.config.dropout
+    brought = _none_of_others(session.config) | has
     asked = _contradictions(session, brought)
     if problems := [*asked.values(), *_other_base(session, adapter), *untrainable(adapter)]:
         raise _with_shapes(session, adapter, problems, asked)
-    session = _but(session, from_adapter=start.kept, **brought)
+    full, session = _rate_is_for_all(session), _but(session, from_adapter=start.kept, **brought)
     if start.again and not go_on:
         _refuse_twice(session)
     began, as_before = ("the training began with", "") if go_on or waiting else (
         "starting from", "" if start.named else ", as before")
-    session.listener.note(f"{began} the adapter {start.kept}{as_before}: {in_words(brought)}")
+    session.listener.note(f"{began} the adapter {start.kept}{as_before}: {in_words(has)}")
+    if not waiting and session.config.full != full:
+        session = _with_usual_rate(session)
     return session, {f"{_INPUT}_{name.split('.')[0]}": start.folder / name for name in FILES}
 
 
@@ -99,6 +101,27 @@ def _start(session: Session, waiting: Mapping[str, Any] | None, writes: bool) ->
     if not (named or before) or not (named or waiting) and _is_own(session, before):
         return None
     return _Start(*_located(session, named or before), named=bool(named), again=again)
+
+
+def _none_of_others(config: TrainConfig) -> dict[str, Any]:
+    """What is set back where an adapter does not have it: what it does not train is not trained."""
+    usual = TrainConfig()
+    return {name: none for name in ("full", *OF_ADAPTERS) if getattr(config, name) != (none := getattr(usual, name))}
+
+
+def _rate_is_for_all(session: Session) -> bool:
+    """Whether the learning rate is one for all weights, before an adapter decides what is trained."""
+    kept = "learning_rate" in session.resolved.given  # of the last training
+    return bool(session.settings_of("train").get("full", False) if kept else session.config.full)
+
+
+def _with_usual_rate(session: Session) -> Session:
+    """With the learning rate of what the adapter trains, all weights or LoRA; one that is given now stays."""
+    if "learning_rate" in session.given:
+        return session
+    rate, origin = usual_rate(session, session.config.method), "method" if session.config.prefers else "family"
+    session.listener.note(f"learning rate {rate:g}, the usual one for {_KINDS[session.config.full]}")
+    return replace(session, resolved=session.resolved.but({"learning_rate": rate}, {"learning_rate": {"from": origin}}))
 
 
 def _learned_answers(session: Session) -> bool:
@@ -250,9 +273,16 @@ def _refuse_replaced(session: Session, folder: Path) -> None:
 
 def _contradictions(session: Session, brought: Mapping[str, Any]) -> dict[str, str]:
     """By the name of the setting."""
-    return {name: f"{name}: {in_words({name: getattr(session.config, name)})} was asked for, and the adapter has "
-                  f"{in_words({name: value})}" for name, value in brought.items()
-            if name in session.given and not _agrees(session.config, name, value)}
+    asked = {name: getattr(session.config, name) for name in brought if name in session.given}
+    return {name: f"{name}: {in_words({name: value})} was asked for, and the adapter {_has(brought, name)}"
+            for name, value in asked.items() if not _agrees(session.config, name, brought[name])}
+
+
+def _has(brought: Mapping[str, Any], name: str) -> str:
+    """What an adapter has in the place of a setting."""
+    if name == "full" or brought.get("full"):
+        return f"holds {_KINDS[brought.get('full', False)]}"
+    return f"has {in_words({name: brought[name]})}"
 
 
 def _agrees(config: Any, name: str, value: Any) -> bool:
@@ -299,6 +329,6 @@ def _with_shapes(session: Session, adapter: Adapter, problems: list[str], asked:
         problems += [problem for problem in e.problems if not any(problem.split()[0] == p.split()[0] for p in problems)]
     if len(problems) > len(asked):
         return misfit(adapter, problems)
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    flags = ", ".join(as_flags(TrainConfig, {name: getattr(session.config, name)}, defaults=True)[0] for name in asked)
     return misfit(adapter, problems, f"leave {flags} out, as the adapter brings "
                                      f"{'it' if len(asked) == 1 else 'them'} along")

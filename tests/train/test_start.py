@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.command import write_rows
 from support.training import adapter_bytes, by_hand, plain_loss, stop_at
 
 RUN = Path("runs/tiny-gemma")
@@ -42,7 +43,7 @@ def made(base: Path, folder: Path, **settings: Any) -> Path:
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(0, 0.05, generator=generator)
-        elif "magnitude" in name:
+        elif "magnitude" in name or "modules_to_save" in name:
             p.data.mul_(1.1)
     model.save_pretrained(folder)
     return folder
@@ -78,6 +79,54 @@ def test_it_begins_where_the_adapter_is(cli, prepared, tiny, tmp_path, monkeypat
     after = load_file(prepared / "training_checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
     assert after.keys() == tensors.keys()
     assert all(torch.equal(after[name], value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("whole", [{"modules_to_save": ["norm"]}, {"modules_to_save": ["self_attn"], "target_modules": ["up_proj"]},
+                                   {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+                                   {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}], ids=str)
+def test_it_begins_where_its_whole_modules_are(cli, prepared, tiny, tmp_path, whole):
+    given = made(tiny, tmp_path / "given", **whole)
+    result = cli("train", "--from-adapter", given, *FLAGS, "--max-steps", 1, "--samples", 0, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["eval_loss_before"] == pytest.approx(loss_of(tiny, given, prepared), rel=2e-5)
+    assert loss_of(tiny, ADAPTER, prepared) == pytest.approx(result.json["summary"]["eval_loss_after"], rel=2e-5)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_learning_rate_suits_what_the_adapter_trains(cli, tiny, tmp_path, method):
+    """All weights learn with a tenth; a rate that was given for them stays, also where the training goes on."""
+    pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"No {n}, never."} for n in range(12)]
+    assert cli("prepare", write_rows(tmp_path / "pairs.jsonl", pairs), "--model", tiny).code == 0
+    flags, default = ("--max-steps", 1, "--samples", 0), {"sft": 2e-5, "dpo": 5e-6}[method]
+    assert cli("train", "--full", "--method", "sft", *flags).code == 0
+    full, lora = shutil.copytree(ADAPTER, tmp_path / "full"), made(tiny, tmp_path / "lora")
+
+    def rate(*more: object) -> float:
+        result = cli("train", "--dry-run", "--json", "--method", method, *flags, *more)
+        assert result.code == 0, result.err
+        return result.json["learning_rate"]
+
+    assert cli("train", "--from-adapter", "none", "--no-full", "--method", "sft", "--rank", 8, "--learning-rate", 1e-3, *flags).code == 0
+    assert rate("--from-adapter", full) == pytest.approx(default) and rate("--from-adapter", full, "--lr", 0.1) == 0.1
+    trained = cli("train", "--from-adapter", full, "--lr", 1e-4, "--method", method, *flags)
+    assert trained.code == 0 and "starting from the adapter ../../full: full True\n" in trained.err, trained.err
+    assert rate() == rate("--continue", "--max-steps", 2) == 1e-4
+    assert rate("--from-adapter", lora) == pytest.approx(10 * default)
+
+
+@pytest.mark.parametrize(("kept", "asked", "said", "leave"), [
+    ("full", ("--rank", 8), "rank: rank 8 was asked for, and the adapter holds all weights", "leave --rank out"),
+    ("full", ("--no-full",), "full: full False was asked for, and the adapter holds all weights", "leave --no-full out"),
+    ("lora", ("--full",), "full: full True was asked for, and the adapter holds LoRA", "leave --full out"),
+    ("lora", ("--modules-to-save", "norm"), "modules_to_save norm was asked for, and the adapter has modules_to_save none",
+     "leave --modules-to-save out")])
+def test_all_weights_and_lora_do_not_go_on_from_one_another(cli, prepared, tiny, tmp_path, kept, asked, said, leave):
+    place = made(tiny, tmp_path / "lora")
+    if kept == "full":
+        assert cli("train", "--full", *FLAGS, "--max-steps", 1).code == 0
+        place = shutil.copytree(ADAPTER, tmp_path / "full")
+    result = cli("train", "--from-adapter", place, *asked, "--dry-run")
+    assert result.code == 2 and said in result.err and leave in result.err, result.err
 
 
 def test_what_was_trained_further_is_an_adapter_for_plain_peft(cli, prepared, tiny, tmp_path):
