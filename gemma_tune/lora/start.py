@@ -16,7 +16,7 @@ from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.layers import TOWERS, left_out, target_modules, trained_weights
 from gemma_tune.lora.names import found_among
 from gemma_tune.lora.targets import Targets, with_whole
-from gemma_tune.lora.whole import all_modules, trainable_modules
+from gemma_tune.lora.whole import all_modules, is_tied, trainable_modules
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,6 +107,12 @@ def _whole_problem(model: PreTrainedModel, adapter: Adapter, module: str, found:
     """What keeps a module that was trained as a whole from being trained further as ``found``."""
     if found is None:
         return f"{module} is not in the base model"
+    ties = bool(adapter.config.get("ensure_weight_tying"))
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.get_submodule(found) in ends and is_tied(model) != ties:
+        how, are = ("as one tensor", "two") if ties else ("apart from each other", "one tensor")
+        return (f"{module} was trained with embedding and head {how}, and they are {are} in the base: "
+                "`gemma-tune merge --adapter` makes a model of both")
     there = trainable_modules(model).get(found)
     if there is None:
         return f"{module} was trained as a whole, and is none of the modules that are here"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.command import write_rows
+from support.models import make_model
 from support.training import adapter_bytes, by_hand, plain_loss, stop_at
 
 RUN = Path("runs/tiny-gemma")
@@ -90,6 +91,20 @@ def test_it_begins_where_its_whole_modules_are(cli, prepared, tiny, tmp_path, wh
     assert result.code == 0, result.err
     assert result.json["summary"]["eval_loss_before"] == pytest.approx(loss_of(tiny, given, prepared), rel=2e-5)
     assert loss_of(tiny, ADAPTER, prepared) == pytest.approx(result.json["summary"]["eval_loss_after"], rel=2e-5)
+
+
+@pytest.mark.parametrize(("tied", "whole", "said"), [
+    (True, {"modules_to_save": ["embed_tokens"]}, "model.embed_tokens was trained with embedding and head apart from each other"),
+    (True, {"modules_to_save": ["lm_head"]}, "lm_head was trained with embedding and head apart from each other"),
+    (True, {"modules_to_save": ["embed_tokens", "lm_head"]}, "lm_head was trained with embedding and head apart from each other"),
+    (False, {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+     "model.embed_tokens was trained with embedding and head as one tensor, and they are two")], ids=str)
+def test_a_head_that_is_the_embedding_in_one_of_both_alone_is_refused(cli, data, tmp_path, tied, whole, said):
+    """Unsloth trains both apart, and PEFT by itself the one that is named: that is no training of the base as it is."""
+    base = make_model(tmp_path / "base", tie_word_embeddings=tied)
+    assert cli("prepare", data, "--model", base).code == 0
+    refused = cli("train", "--from-adapter", made(base, tmp_path / "given", **whole), *FLAGS)
+    assert refused.code == 2 and said in refused.err, refused.err
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
