@@ -364,10 +364,11 @@ class TrainConfig(MethodConfig, StageConfig):
     def outdone(self, given: Collection[str], before: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Whoever asks for an adapter's rank wants an adapter, and whoever wants all weights trained none; the learning
         rate of one is ten times that of the other."""
-        full = self.full if "full" in given else None if given.isdisjoint(OF_ADAPTERS) else False
-        if full in (None, before.get("full", {"value": False})["value"]):
+        kinds = {"full", "qlora", *OF_ADAPTERS}
+        asked = any(name in ("full", "target_modules") or getattr(self, name) for name in kinds.intersection(given))
+        if not asked or self.full == before.get("full", {"value": False})["value"]:
             return set()
-        return {"full", "learning_rate", "qlora", *OF_ADAPTERS}
+        return kinds | {"learning_rate"}
 
     def _whole_problems(self) -> list[str]:
         """Settings that do not go with weights that are trained as a whole."""

@@ -115,8 +115,10 @@ def _as_interrupted(session: Session, waiting: dict[str, Any] | None) -> Session
     if waiting is None:
         return session
     now, passing = session.config.as_dict(), {*same_result(TrainConfig), *said_by(TrainConfig, session.given)}
-    before = {name: value for name, value in waiting["settings"].items()
-              if name in now and (name not in passing or now[name] == AUTO) and value != now[name]}
+    then = waiting["settings"]
+    outdone = session.config.outdone(session.given, {name: {"value": value} for name, value in then.items()})
+    before = {name: value for name, value in then.items() if name in now and name not in outdone
+              and (name not in passing or now[name] == AUTO) and value != now[name]}
     said = {name: value for name, value in before.items() if name != "method" or now[name] != AUTO}
     if said:
         session.listener.note(f"settings of the interrupted training: {in_words(said)}")

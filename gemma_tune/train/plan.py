@@ -12,6 +12,7 @@ import numpy as np
 
 from gemma_tune.base.words import counted, span
 from gemma_tune.config.stages import TrainConfig
+from gemma_tune.run.stage import settings_then
 from gemma_tune.train.memory import BatchChoice, described
 from gemma_tune.train.method import row_name
 from gemma_tune.train.shape import ModelShape
@@ -25,7 +26,8 @@ EFFICIENCY = 0.55
 _MEASURED = 0.3  # seconds
 FEW_STEPS = 10
 # What the speed depends on, beside the device, the type and how a batch is worked on.
-_OF_SPEED = ("method", "target_modules", "dora", "qlora", "num_processes", "strategy", "cuda_graphs", "compile")
+_OF_SPEED = ("method", "full", "target_modules", "modules_to_save", "dora", "qlora", "num_processes", "strategy",
+             "cuda_graphs", "compile")
 
 
 @dataclass(frozen=True)
@@ -241,11 +243,11 @@ def speed_of(last: Mapping[str, Any], config: TrainConfig, placement: Placement,
     Args:
         last: its record in the manifest.
     """
-    summary, settings, now = last["summary"], last["config"], config.as_dict()
+    summary, settings, now = last["summary"], settings_then(last, TrainConfig), config.as_dict()
     ours = {"device": placement.device, "dtype": placement.short, "micro_batch": choice.micro_batch,
             "activation_checkpointing": choice.checkpointing}
     same = all(summary.get(name) == value for name, value in ours.items()) and all(
-        settings[name]["value"] == now[name] for name in _OF_SPEED if name in settings)
+        settings[name] == now[name] for name in _OF_SPEED)
     return summary.get("tokens_per_second") if same else None
 
 

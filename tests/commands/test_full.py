@@ -188,8 +188,27 @@ def test_another_kind_of_training_leaves_the_other_s_settings_behind(cli, prepar
     assert settings["learning_rate"]["value"] == pytest.approx(2e-5) and settings["rank"]["value"] == 16
     kept = cli("train", "--max-steps", 2)
     assert kept.code == 0 and "full fine-tuning" in kept.err, "as before"
+    still = cli("train", "--no-dora", "--dropout", 0, "--modules-to-save", "none", "--dry-run")
+    assert still.code == 0 and "settings as before: full True" in still.err, "what asks for nothing is no adapter's"
+    for flags in (("--qlora",), ("--target-modules", "all")):
+        lora = cli("train", *flags, "--dry-run")
+        assert lora.code == 0 and "learning rate 0.0002" in lora.err and "tokens/s in the last training" not in lora.err, lora.err
     lora = cli("train", "--rank", 8, "--max-steps", 1)
     assert lora.code == 0 and "LoRA of rank 8" in lora.err, lora.err
+    assert "tokens/s in the last training" not in cli("train", "--full", "--dry-run").err
+
+
+@pytest.mark.parametrize(("stopped", "now", "rate"), [(("--rank", 8), ("--full",), 2e-5), (("--full",), ("--rank", 8), 2e-4)])
+def test_an_interrupted_training_of_the_other_kind_is_not_mixed_with_this_one(cli, prepared, monkeypatch, stopped, now, rate):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert cli("train", "--samples", 0, *stopped).code == 130
+    refused = cli("train", "--samples", 0, *now)
+    assert refused.code == 2 and "holds an interrupted training with other settings" in refused.err, refused.err
+    anew = cli("train", "--samples", 0, "--max-steps", 1, "--force", *now)
+    assert anew.code == 0, anew.err
+    settings = json.loads((RUN / "manifest.json").read_text())["stages"]["train"]["config"]
+    assert settings["learning_rate"]["value"] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "gemma 3n with an eye", "mistral small 3.2",
