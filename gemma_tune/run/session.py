@@ -168,6 +168,12 @@ def _settings(stage: str, settings: Mapping[str, Any], section: Mapping[str, Any
         family, reasons = full_defaults(base.config)
         free = {name: value for name, value in family.items() if resolved.origins[name] in ("default", "family")}
         resolved = resolved.but(free, {name: {"from": "family"} for name in free})
+    if stage == "train" and resolved.origins["learning_rate"] == "file" and (
+            section.get("full") not in (None, resolved.config.full)):
+        of, usually = ("LoRA", "all weights learn with a tenth of it") if resolved.config.full else (
+            "all weights", "LoRA learns with ten times as much")
+        listener.warn(f"the learning rate {resolved.config.learning_rate:g} of the settings file is one for {of}: "
+                      f"{usually}")
     for name, reason in zip(family, reasons):
         if resolved.origins[name] == "family" and not preferences:  # which have defaults of their own
             listener.note(reason)

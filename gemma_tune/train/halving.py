@@ -18,13 +18,17 @@ LEAST_STEPS = 10  # of which a warm-up is one: fewer say more about the rows tha
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is tried: everything else is as in the training that it is for."""
+    """What is tried: everything else is as in the training that it is for.
+
+    Attributes:
+        rank: 0 where all weights are trained.
+    """
 
     learning_rate: float
     rank: int
 
     def __str__(self) -> str:
-        return f"learning rate {self.learning_rate:g}, rank {self.rank}"
+        return f"learning rate {self.learning_rate:g}" + (f", rank {self.rank}" if self.rank else "")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ def candidates_for(config: TrainConfig, settings: TuneConfig) -> list[Candidate]
     """All that are to be tried, those that are nearest to the training's own settings first."""
     own = config.learning_rate or 0.0
     rates = settings.learning_rates or tuple(float(f"{min(1.0, own * factor):.3g}") for factor in FACTORS)
-    found = {Candidate(rate, rank) for rank in settings.ranks or (config.rank,) for rate in rates}
+    ranks = (0,) if config.full else settings.ranks or (config.rank,)
+    found = {Candidate(rate, rank) for rank in ranks for rate in rates}
     return sorted(found, key=lambda c: (_apart(c.learning_rate, own) + _apart(c.rank, config.rank), c.learning_rate,
                                         c.rank))
 

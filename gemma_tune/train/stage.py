@@ -59,6 +59,7 @@ from gemma_tune.train.shape import ModelShape
 from gemma_tune.train.start import start_folder
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.steps import run_steps
+from gemma_tune.train.tuning import read_tuning
 
 if TYPE_CHECKING:
     from gemma_tune.train.ahead import KernelsAhead
@@ -275,8 +276,10 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
 def _tell_of_steps(session: Session, rows: int) -> None:
     """How many there are, and what somebody may not expect of their settings."""
     listener, config, tuned = session.listener, session.config, session.run.tune_settings
+    search = read_tuning(session.run.tuning)
+    fits = search is None or search.of_all_weights == config.full
     listener.detail("steps", described_steps(rows, config))
-    if tuned.is_file() and session.resolved.origins["learning_rate"] in NOT_GIVEN:
+    if fits and tuned.is_file() and session.resolved.origins["learning_rate"] in NOT_GIVEN:
         listener.note(f"{tuned} has the settings that `tune` found best: --config {tuned}")
     for text in surprises(rows, total_steps(rows, config), config):
         listener.note(text)

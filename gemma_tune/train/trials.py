@@ -114,7 +114,7 @@ class Trials:
         self.steps = total_steps(len(rows[0]) // sequences_of_a_row(session.config), session.config)
         self.base_loss = math.nan
         self._trainer: Any = None
-        self.rank = 0
+        self.rank: int | None = None
         self._layers = contextlib.ExitStack()
 
     def __enter__(self) -> Trials:
@@ -203,12 +203,12 @@ class Trials:
     # ---- one trainer for all candidates of a rank --------------------------------------------------------------------
 
     def _use(self, rank: int) -> float:
-        """Have an adapter of this rank; returns the seconds that it took to make it."""
+        """Have an adapter of this rank, or all weights; returns the seconds that it took to make it."""
         if rank == self.rank:
             return 0.0
         began = time.perf_counter()
         self._release()
-        session = replace(self.session, resolved=self.session.resolved.but({"rank": rank}, {}))
+        session = replace(self.session, resolved=self.session.resolved.but({"rank": rank} if rank else {}, {}))
         job = Job(session, Training("", "", {}, ""), None, self.start, self.placement, self.choice, [], Startup())
         callbacks = self.log, self.stop
         self._trainer = trainer = make_trainer(job, self.model, self.chat, *self.rows, self.steps, callbacks,
@@ -232,7 +232,7 @@ class Trials:
         put_back(self._trainer.model)
         self.model = self._trainer.model.unload()
         vars(self.model).pop("forward", None)  # which TRL and we have put there
-        self._trainer, self.rank = None, 0
+        self._trainer, self.rank = None, None
         gc.collect()
         if self.placement.device == "cuda":
             torch.cuda.empty_cache()

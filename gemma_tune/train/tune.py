@@ -105,6 +105,9 @@ def _job(session: Session, asked: Session, settings: TuneConfig, started: float)
     sizes = [sizes_of(rows, session.config) for rows in (train_rows, valid_rows)]
     session = _by_one_process(with_batch_size(session, len(sizes[0])))
     start = start_folder(session)
+    if settings.ranks and session.config.full:
+        raise UserError("--ranks names ranks of adapters, and all weights are trained (full)",
+                        "leave --ranks out; or tune an adapter: --no-full")
     if start and settings.ranks and set(settings.ranks) != {session.config.rank}:
         raise UserError(f"the adapter that this run starts from has the rank {session.config.rank}, so there are no "
                         "others to try", "leave --ranks out")
@@ -113,7 +116,7 @@ def _job(session: Session, asked: Session, settings: TuneConfig, started: float)
         raise UserError(f"there is nothing to choose from: {', '.join(map(str, candidates))}",
                         "name two or more: --learning-rates 1e-4,2e-4, or --ranks 8,16")
     placement = choose_placement(session.config.dtype)
-    largest = session.resolved.but({"rank": max(c.rank for c in candidates)}, {})
+    largest = session.resolved.but({"rank": max(c.rank for c in candidates) or session.config.rank}, {})
     shape, choice = fit(replace(session, resolved=largest), sizes, placement, start=start)
     refuse_what_does_not_fit(choice, session.config, sizes[0].longest, session.listener)
     rows = train_rows, _some(valid_rows, settings.valid_sequences, sequences_of_a_row(session.config))
@@ -358,7 +361,8 @@ def _report(job: _Job, tuning: Tuning, status: str) -> StageReport:
                                   "that of the others")
     _, ranked = tuning.decided
     best = ranked[0]
-    summary = {"learning_rate": best.learning_rate, "rank": best.rank, "tuned_steps": best.steps,
+    summary = {"learning_rate": best.learning_rate, **({"rank": best.rank} if best.rank else {}),
+               "tuned_steps": best.steps,
                "eval_loss_before": tuning.base_loss, "eval_loss_after": best.loss,
                "candidates": len(tried), "candidates_asked": len(tuning.candidates), "rungs": len(tuning.rungs),
                "trials": [{"learning_rate": t.learning_rate, "rank": t.rank, "rung": number, "steps": t.steps,

@@ -26,7 +26,7 @@ def show(tuning: Tuning, listener: Listener) -> None:
         ranked = tuning.ranking(rung)
         others = [trial for trial in tuning.tried(rung) if trial not in ranked]
         for trial in [*ranked, *others]:
-            rows.append((str(number), f"{trial.steps:,}", f"{trial.learning_rate:g}", f"{trial.rank}",
+            rows.append((str(number), f"{trial.steps:,}", f"{trial.learning_rate:g}", f"{trial.rank or '–'}",
                          "–" if trial.loss is None else f"{trial.loss:.4f}", f"{trial.seconds:.1f}",
                          _came(tuning, trial, decided[1][0] if decided else None)))
     listener.grid(f"validation loss by candidate; before training {tuning.base_loss:.4f}", rows)
@@ -73,7 +73,7 @@ def write_results(asked: Session, tuning: Tuning, run: RunDir) -> dict[str, str]
     assert decided
     rung, ranked = decided
     best = ranked[0]
-    won = {"learning_rate": best.learning_rate, "rank": best.rank}
+    won = {"full": not best.rank, "learning_rate": best.learning_rate} | ({"rank": best.rank} if best.rank else {})
     values = {name: plain(value) for name, value in asked.config.as_dict().items() if name in asked.resolved.given}
     sources = {name: ORIGINS.get(asked.resolved.origins[name], "given") for name in values}
     tried = len(tuning.tried(tuning.rungs[0]))

@@ -74,6 +74,11 @@ class Tuning:
     tokens: str = ""
     saved: str = ""
 
+    @property
+    def of_all_weights(self) -> bool:
+        """Whether it is for a training of all weights, and not of an adapter."""
+        return not any(candidate.rank for candidate in self.candidates)
+
     def add(self, trial: Trial) -> None:
         """Another candidate was tried."""
         self.trials.append(trial)

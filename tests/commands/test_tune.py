@@ -24,6 +24,7 @@ from support.command import rows, write_rows
 from support.listener import Said
 
 RUN = Path("runs/tiny-gemma")
+FEW = ("--max-steps", 1, "--samples", 0, "--keep", "last")
 STATE, WINNER = RUN / "tune.json", RUN / "tune.yaml"
 RATES = ("--learning-rates", "1e-5,5e-3,1e-3")
 
@@ -138,6 +139,26 @@ def test_each_trial_is_what_train_would_do(cli, trained, ran):
     found = by_candidate(cli("tune", "--learning-rates", "1e-3,4e-3", "--config", "s.yaml", "--json"))
     assert ran == [(1e-3, 4, 6), (4e-3, 4, 6)]
     assert found[4e-3, 4] == trained_loss(cli, "--config", "s.yaml", "--lr", 4e-3)
+
+
+def test_all_weights_have_no_rank(cli, trained):
+    """What was found for them is nothing for an adapter, and the other way round."""
+    flags = ("--learning-rates", "1e-4,1e-3", "--epochs", 1)
+    refused = cli("tune", "--full", "--ranks", "4,8", *flags)
+    assert refused.code == 2 and "--ranks names ranks of adapters" in refused.err and "--no-full" in refused.err
+    done = cli("tune", "--full", *flags, "--json")
+    assert done.code == 0 and "the best is learning rate 0.001: validation loss" in done.err and "rank 16" not in done.err, done.err
+    assert "rank" not in done.json["summary"] and "rank" not in WINNER.read_text() and "full: true" in WINNER.read_text()
+    told = f"{WINNER} has the settings that `tune` found best"
+    assert told not in cli("train", "--rank", 2, *FEW).err and told in cli("train", "--full", *FEW).err.replace("\n", " ")
+    best = cli("train", "--config", WINNER, *FEW)
+    assert best.code == 0 and "learning_rate 0.001 (of a settings file)" in best.err.replace("\n", " "), best.err
+    other = cli("train", "--config", WINNER, "--no-full", "--dry-run")
+    assert other.code == 0 and "the learning rate 0.001 of the settings file is one for all weights: LoRA learns" in other.err
+    assert "is one for" not in cli("train", "--config", WINNER, "--no-full", "--lr", 1e-3, "--dry-run").err
+    assert cli("tune", "--no-full", *flags).code == 0 and "full: false" in WINNER.read_text()
+    other = cli("train", "--config", WINNER, "--full", "--rank", 16, "--dry-run")
+    assert other.code == 0 and "is one for LoRA: all weights learn with a tenth of it" in other.err, other.err
 
 
 def test_ranks_are_tried_on_the_same_weights(cli, trained, ran, monkeypatch):
