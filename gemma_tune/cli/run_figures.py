@@ -45,7 +45,7 @@ def _trained(s: Mapping[str, Any]) -> Iterator[str]:
         share = [f"{s['eval_accuracy_after']:.0%} of the validation pairs won"] if "eval_accuracy_after" in s else []
         yield ", ".join([f"{s['method']}", *share, f"margin {s['eval_margin_after']:+.3g}"])
     if None not in (s.get("kept_step"), s.get("steps")):
-        yield f"the adapter is that of step {s['kept_step']:,} of {s['steps']:,}"
+        yield f"the weights are those of step {s['kept_step']:,} of {s['steps']:,}"
     speed = [f"{s['tokens_per_second']:,.0f} tokens/s"] if s.get("tokens_per_second") else []
     took = [span(s["training_seconds"])] if s.get("training_seconds") else []
     where = [f"{s['dtype']} on {s['device']}"] if s.get("dtype") and s.get("device") else []

@@ -77,7 +77,7 @@ LABELS = {
     "eval_loss_before": "validation loss before", "eval_loss_after": "validation loss after",
     "eval_accuracy_after": "validation pairs that the chosen answer wins",
     "eval_margin_after": "margin between chosen and rejected (reward)",
-    "kept_step": "the adapter is that of step", "adapter_norm": "change of the weights (norm)",
+    "kept_step": "the weights are those of step", "adapter_norm": "change of the weights (norm)",
     "divergence_from_base": "divergence from the base model (nats per token)",
     "learning_rate": "learning rate", "rank": "rank",
     "tuned_steps": "found best after steps", "candidates": "candidates tried", "candidates_asked": "of so many",

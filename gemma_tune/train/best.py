@@ -139,8 +139,8 @@ class Best(TrainerCallback):
             return step
         weights = self._read()
         if weights is None:
-            self.listener.warn(f"the adapter of step {step}, whose validation loss was lowest, cannot be read from "
-                               f"{self.path}: the one of the last step stays")
+            self.listener.warn(f"the weights of step {step}, whose validation loss was lowest, cannot be read from "
+                               f"{self.path}: those of the last step stay")
             return last
         for name, value in trained_weights(self.trainer.model).items():
             value.copy_(weights[name])
@@ -166,13 +166,13 @@ class Best(TrainerCallback):
         before, loss, end = (self.losses.get(step, math.nan) for step in (0, kept, last))
         lowest, steps = self._lowest(list(self.losses)), f"step {self.before + kept} of {self.before + last}"
         if self.keeps and lowest not in (0, kept):  # of a part that was trained with --keep last
-            return (f"the adapter is that of {steps}, with a validation loss of {loss:.4g}; it was lower "
-                    f"{self._when(lowest)} ({self.losses[lowest]:.4g}), whose adapter was not kept")
+            return (f"the weights are those of {steps}, with a validation loss of {loss:.4g}; it was lower "
+                    f"{self._when(lowest)} ({self.losses[lowest]:.4g}), and those were not kept")
         if kept != last and not kept:
             return (f"the adapter stays the one that was there before these {last} steps: its validation loss is "
                     f"{loss:.4g}, and {end:.4g} at the end")
         if kept != last:
-            return (f"the adapter is that of {steps}, whose validation loss was lowest: {loss:.4g}, and "
+            return (f"the weights are those of {steps}, whose validation loss was lowest: {loss:.4g}, and "
                     f"{end:.4g} at the end; fewer {length}, a lower --learning-rate or more rows may lower it further")
         if lowest == last:
             return (f"the validation loss was lowest at the end, {loss:.4g} instead of "

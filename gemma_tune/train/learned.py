@@ -108,7 +108,8 @@ def _earlier(session: Session) -> str:
 
 def _tell(session: Session, moved: Moved, change: LogitChange | None, records: Sequence[Mapping[str, Any]]) -> None:
     changed = moved.layers - len(moved.still)
-    what = "modules" if session.config.full else "adapted layers"
+    whole = ["modules"] if session.config.whole else []
+    what = " and ".join([*([] if session.config.full else ["adapted layers"]), *whole])
     parts = [f"{changed} of {moved.layers} {what} changed, by {moved.norm:.3g} together"]
     if change:
         parts.append(f"the answers' divergence from the base model is {change.divergence:.3g} nats per token")

@@ -253,7 +253,7 @@ def described(choice: BatchChoice, longest: int) -> str:
     little = choice.four_bit and choice.in_linear < _LITTLE
     packed = f", of which {choice.in_linear:.0%} are in 4 bits" if little else ""
     return (f"memory: about {gigabytes(memory.total)} of {gigabytes(choice.available)} available (weights "
-            f"{gigabytes(memory.weights)}{packed}, adapter and optimiser {gigabytes(adapter)}, activations "
+            f"{gigabytes(memory.weights)}{packed}, trained weights and optimiser {gigabytes(adapter)}, activations "
             f"{gigabytes(memory.activations + memory.working)} with {at_once} x {longest:,} tokens at once"
             f"{recomputed}, libraries {gigabytes(memory.overhead)})")
 

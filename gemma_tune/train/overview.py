@@ -34,7 +34,8 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: Se
         "model": f"{session.model.id}, {_rounded(shape.parameters)} parameters",
         "data": f"{data} of up to {train.lengths.max():,} tokens, {train.lengths.sum():,} in all, "
                 f"{train.trained.sum():,} learned; {len(valid) or 'none'} to validate with",
-        "adapter": f"{described_adapter(config)}, {_layers(shape)}: {_rounded(shape.adapter)} parameters",
+        "weights" if config.full else "adapter":
+            f"{described_adapter(config)}, {_layers(shape)}: {_rounded(shape.adapter)} parameters",
         "batch": _batch(config, choice, session.resolved.origins["batch_size"] in NOT_GIVEN),
         **({} if config.method == "sft" else {"method": _method(config)}),
         "steps": described_steps(rows, config),

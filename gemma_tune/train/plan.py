@@ -224,7 +224,7 @@ def surprises(rows: int, steps: int, config: TrainConfig) -> list[str]:
     notes = []
     if steps < FEW_STEPS:
         more = "a larger --max-steps gives" if config.max_steps else "more --epochs, or a smaller --batch-size, give"
-        notes.append(f"only {counted(steps, 'step')}: the adapter will hardly learn anything; {more} more")
+        notes.append(f"only {counted(steps, 'step')}: hardly anything will be learned; {more} more")
     if config.learning_rate == 0:
         notes.append("with a learning rate of 0 nothing is learned")
     if config.warmup and not warmup_steps(steps, config):

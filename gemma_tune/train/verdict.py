@@ -151,7 +151,7 @@ def without_effect(moved: Moved, change: LogitChange | None, records: Sequence[M
         change: None where it was not looked at.
     """
     if len(moved.still) == moved.layers:
-        return "no adapted layer has other weights than before"
+        return "nothing that was trained has other weights than before"
     if change is None:
         return None
     if change.largest == 0:
@@ -178,6 +178,8 @@ def likely_cause(config: TrainConfig, records: Sequence[Mapping[str, Any]], step
         return "the learning rate is 0", again
     if not trained_tokens:
         return "no token of the data is learned", "see what is learned of it: gemma-tune prepare --preview 3"
+    if norms and not any(norms) and config.full:
+        return "the gradient was zero in every step", "train again with --dtype fp32"
     if norms and not any(norms):
         return ("the gradient was zero in every step, so the adapted layers take no part in the answers",
                 "train again with --target-modules all")

@@ -42,7 +42,7 @@ def test_status_has_figures_sizes_and_the_best_step(cli, trained):
     assert train["outputs"][ADAPTER] == disk_usage(trained / ADAPTER) == train["bytes"] - train["outputs"]["train.yaml"]
     assert result.json["bytes"] == disk_usage(trained) > train["bytes"]
     for said in ("11 for training, 1 for validation", f"{ADAPTER} ({small_size(train['outputs'][ADAPTER])})",
-                 f"the adapter is that of step {summary['kept_step']} of {summary['steps']}"):
+                 f"the weights are those of step {summary['kept_step']} of {summary['steps']}"):
         assert said in " ".join(result.err.split()), result.err
     first = summary["eval_loss_before"]
     assert f"validation loss {first:.3f} to {summary['eval_loss_after']:.3f}" in " ".join(result.err.split())

@@ -61,6 +61,10 @@ def test_all_weights_are_trained_loaded_and_merged(cli, prepared, tiny, dtype):
         total, count = plain_loss(tuned, by_hand(prepared, "valid"))
     assert total / count == pytest.approx(summary["eval_loss_before"], rel=1e-5 if dtype == "fp32" else 5e-3)
 
+    assert cli("eval", "--questions", 1, "--max-new-tokens", 2).code == 0
+    page = (RUN / "report.html").read_text()
+    assert "all weights, no adapter" in page and "LoRA" not in page
+
     merged = cli("merge", "--json")
     assert merged.code == 0, merged.err
     assert merged.json["summary"]["check_divergence"] < 1e-3
@@ -117,6 +121,7 @@ def test_modules_beside_an_adapter(cli, prepared, tiny):
     assert result.code == 0, result.err
     assert "LoRA of rank 4, scaled by alpha / r = 8, on 14 linear layers (" in result.err
     assert ", and 3 modules as a whole (embed_tokens, input_layernorm)" in result.err
+    assert "learned: 17 of 17 adapted layers and modules changed" in result.err
     merged = cli("merge", "--json")
     assert merged.code == 0 and merged.json["summary"]["check_divergence"] < 1e-3, merged.err
     expected = peft_merge(tiny, ADAPTER)

@@ -48,7 +48,7 @@ def test_the_best_adapter_stays_and_the_last_where_that_is_asked_for(cli, prepar
     assert 0 < best < last, "the case itself: it learns by heart"
     summary = result.json["summary"]
     assert summary["kept_step"] == best and summary["eval_loss_after"] == losses[best] and summary["steps"] == last
-    assert f"the adapter is that of step {best} of {last}" in result.err
+    assert f"the weights are those of step {best} of {last}" in result.err
     assert re.search(r"the validation loss is .* after step [0-9]+, and was lowest after step [0-9]+", result.err)
     kept = load_file(ADAPTER)
     final = cli("train", *BY_HEART, "--keep", "last", "--force", "--json")

@@ -216,7 +216,7 @@ def test_where_the_checkpoint_is_gone_the_adapter_goes_on(cli, steady, monkeypat
         assert summary[name] == first[name]
     assert summary["tokens"] == 2 * first["tokens"] and 100 <= summary["training_seconds"] < 110
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["training_seconds"], abs=0.1)
-    assert "the adapter is that of step 6 of 6" in " ".join(cli("status").err.split())
+    assert "the weights are those of step 6 of 6" in " ".join(cli("status").err.split())
     assert cli("status", "--json").json["best"] == {"step": 6, "eval_loss": summary["eval_loss_after"]}
     after = load_file(steady / "tiny-gemma_lora_adapter" / "adapter_model.safetensors")
     assert any(not torch.equal(after[name], value) for name, value in before.items())

@@ -98,7 +98,7 @@ def losses(*values: float, grad_norm: float = 1.0) -> list[dict]:
 
 
 @pytest.mark.parametrize(("moved", "change", "records", "what"), [
-    (ALL_STILL, OTHER, losses(2, 1), "no adapted layer has other weights"), (ALL_STILL, None, [], "no adapted layer"),
+    (ALL_STILL, OTHER, losses(2, 1), "nothing that was trained has other weights"), (ALL_STILL, None, [], "nothing that was trained"),
     (MOVED, SAME, losses(2, 1), "the same logits"), (MOVED, BARELY, losses(2, 2), "say the same"),
     (MOVED, BARELY, [{"step": 0, "eval_loss": 2}, *losses(2), {"step": 1, "eval_loss": 1.9}], None),
     (MOVED, BARELY, losses(2, 1.9), "say the same"), (MOVED, OTHER, losses(2, 2), None), (MOVED, None, losses(2, 2), None),
@@ -112,6 +112,7 @@ def test_only_what_did_nothing_is_refused(moved, change, records, what):
     ({"learning_rate": 0.0}, losses(2), 9, "the learning rate is 0", "--learning-rate 0.0002"),
     ({}, losses(0.0), 0, "no token of the data is learned", "--preview"),
     ({}, losses(2, 2, grad_norm=0.0), 9, "the gradient was zero in every step", "--target-modules all"),
+    ({"full": True}, losses(2, 2, grad_norm=0.0), 9, "the gradient was zero in every step", "--dtype fp32"),
     ({"alpha": 1e-5}, losses(2), 9, "the adapter is scaled by 6e-07", "--alpha"),
     ({"learning_rate": 1e-9}, losses(2), 9, "a learning rate of 1e-09 is too small", "--learning-rate 0.0002"),
     ({"dtype": "fp16"}, losses(2), 9, "the first steps are skipped", "--dtype bf16"),
