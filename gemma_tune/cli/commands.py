@@ -265,7 +265,7 @@ def run_all(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
             run: o.Run = None, format: o.Format = None, columns: o.Columns = None, roles: o.Roles = None,
             turn_keys: o.TurnKeys = None, pictures: o.Pictures = None, chat_template: o.ChatTemplate = None,
             valid: o.Valid = None, max_samples: o.MaxSamples = None, max_length: o.MaxLength = None,
-            on_long: o.OnLong = None, on_uneven: o.OnUneven = None, rank: o.Rank = None,
+            on_long: o.OnLong = None, on_uneven: o.OnUneven = None, full: o.Full = None, rank: o.Rank = None,
             learning_rate: o.LearningRate = None, batch_size: o.BatchSize = None,
             accumulation: o.Accumulation = None, epochs: o.Epochs = None, max_steps: o.MaxSteps = None,
             qlora: o.QLora = None, micro_batch: o.MicroBatch = None,

@@ -22,7 +22,10 @@ ORIGINS = {"flag": "given", "file": "of a settings file", "family": "default of 
            "default": "default", "auto": "chosen here", "adapter": "of the adapter that it starts from",
            "method": "suits the method", "data": "suits the data"}
 TEXTS = ("model", "revision", "run")  # what a YAML file holds beside the stages
-_KINDS_OF_ADAPTERS = ("lora", "qlora")  # as Axolotl names them, where the setting here is a directory
+_AN_ADAPTER = "an adapter is what is trained here, and with `qlora: true` below `train:` in 4 bits"
+# As Axolotl names them, where the setting here is a directory; all weights are trained where it is left empty.
+_KINDS_OF_ADAPTERS = {"lora": _AN_ADAPTER, "qlora": _AN_ADAPTER, "": "all weights are trained with `full: true` below "
+                                                                     "`train:`, and an adapter without"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 
 
@@ -102,8 +105,8 @@ def _yaml_problems(content: Mapping[str, Any]):
         elif key not in CONFIGS:
             above = [f"`{name}:`" for name, cls in CONFIGS.items() if str(key) in types_of(cls)]
             habit = meant_in_file(str(key))
-            if key == "adapter" and str(section).lower() in _KINDS_OF_ADAPTERS:
-                above, habit = [], "an adapter is what is trained here, and with `qlora: true` below `train:` in 4 bits"
+            if key == "adapter" and (kind := str(section or "").lower()) in _KINDS_OF_ADAPTERS:
+                above, habit = [], _KINDS_OF_ADAPTERS[kind]
             yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
                    f"{key}: unknown section; {habit}" if habit else
                    f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}")

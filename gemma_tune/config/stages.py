@@ -230,7 +230,7 @@ class TrainConfig(MethodConfig, StageConfig):
     section: ClassVar[str] = "train"
     group: ClassVar[str] = "advanced"
     full: bool = option(False, "Train every weight of the text model instead of a LoRA adapter: it can learn more, and "
-                               "takes about 16 bytes of memory for each weight. For small models, or much data.",
+                               "takes about 20 bytes of memory for each weight. For small models, or much data.",
                         group="common")
     rank: int = option(16, "LoRA rank r: the width of the adapter.", least=1, most=1024, group="common")
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / r, with --rslora by alpha / sqrt(r).",
@@ -269,7 +269,7 @@ class TrainConfig(MethodConfig, StageConfig):
     schedule: str = option("cosine", "How the learning rate falls after the warm-up; it would be zero after the last "
                                      "step.",
                            choices=("cosine", "linear", "constant"))
-    weight_decay: float = option(0.0, "Weight decay of AdamW on the adapter.", least=0.0)
+    weight_decay: float = option(0.0, "Weight decay of AdamW on what is trained.", least=0.0)
     clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)
     dtype: str = dtype_option()
     qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.", group="speed")
@@ -288,7 +288,7 @@ class TrainConfig(MethodConfig, StageConfig):
                                   "GPU captured steps are faster, and take its place.",
                            same_result=True, group="speed")
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
-    keep: str = option("best", "Which adapter stays: the one whose validation loss was lowest, or that of the last "
+    keep: str = option("best", "Which weights stay: those whose validation loss was lowest, or those of the last "
                                "step; without validation rows it is the last.", choices=("best", "last"))
     early_stopping: int = option(0, "End after so many evaluations in a row without a lower validation loss; 0 trains "
                                     "to the end.", least=0)

@@ -283,6 +283,18 @@ def test_what_does_not_go_together_is_named(cli, prepared, flags, said):
     assert "Traceback" not in result.err and not ADAPTER.exists()
 
 
+def test_all_stages_in_one_go(cli, data, tiny):
+    Path("settings.yaml").write_text("train: {samples: 0}\nexport-ollama: {verify: false, measure: false}\n")
+    flags = ("--full", "--max-steps", 2, "--learning-rate", 1e-3, "--questions", 1, "--config", "settings.yaml")
+    result = cli("run", data, "--model", tiny, *flags, "--json")
+    assert result.code == 0, result.err
+    assert result.json["stages"]["train"]["summary"]["trainable_parameters"] > 100_000 and config()["modules_to_save"]
+    assert result.json["stages"]["merge"]["summary"]["check_divergence"] < 1e-3
+    card = Path(result.json["stages"]["merge"]["artifacts"]["merged"], "README.md").read_text()
+    assert "none: full fine-tuning" in card and "LoRA" not in card
+    assert cli("run", *flags, "--json").json["status"] == "up-to-date"
+
+
 def test_a_dry_run_tells_of_it(cli, prepared):
     result = cli("train", "--full", "--dry-run")
     assert result.code == 0 and "learning rate 2e-05" in result.err, result.err

@@ -53,6 +53,9 @@ def test_a_habit_is_answered(cli, typed, said):
 def test_a_file_of_another_program_says_what_its_settings_are_here(cli, tmp_path):
     (tmp_path / "lf.yaml").write_text("model_name_or_path: a/b\nlora_rank: 8\ncutoff_len: 2048\ntrain:\n  lr: 1e-4\n  rank: 4\n")
     said = " ".join(cli("train", "--config", tmp_path / "lf.yaml").err.split())
+    for nothing in ("", "null", "''"):  # with which Axolotl trains all weights
+        (tmp_path / "axolotl.yaml").write_text(f"adapter: {nothing}\n")
+        assert "`full: true` below `train:`" in " ".join(cli("train", "--config", tmp_path / "axolotl.yaml").err.split())
     (tmp_path / "axolotl.yaml").write_text("adapter: qlora\n")
     assert "`qlora: true` below `train:`" in " ".join(cli("train", "--config", tmp_path / "axolotl.yaml").err.split())
     for text in ("lora_rank: unknown section; here it is `rank` below `train:`", "model_name_or_path: unknown section; here it is `model`",
