@@ -18,7 +18,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, first_line, gigabytes
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import OVERHEAD, USABLE, best_device
-from gemma_tune.models.quantised import has_packed_experts
+from gemma_tune.models.quantised import has_packed_experts, quantisation
 from gemma_tune.train.method import row_name
 from gemma_tune.train.shape import ModelShape
 
@@ -181,15 +181,18 @@ def refuse_what_does_not_fit(choice: BatchChoice, config: TrainConfig, longest: 
 
 
 def refuse_four_bits(config: TrainConfig, device: str, base: Mapping[str, Any]) -> None:
-    """Before any work: ``--qlora`` where it does not compute.
+    """Before any work: ``--qlora`` where it does not compute, and ``--full`` where there are no weights to train.
 
     Args:
         base: config.json of the base model.
 
     Raises:
         UserError: on Apple's GPU, where transformers loads bitsandbytes' layers onto the CPU; of a model that is packed
-            already.
+            already; all weights of one that is quantised.
     """
+    if config.full and (method := quantisation(base)):
+        raise UserError(f"--full trains the weights themselves, and this model is quantised ({method})",
+                        "prepare with the 16-bit model that it was made from; or train an adapter: leave --full out")
     if config.qlora and has_packed_experts(base):
         raise UserError("this model's experts have four bits already, and nothing else of it gets them",
                         "leave --qlora out")

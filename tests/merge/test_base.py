@@ -70,6 +70,19 @@ def test_the_16_bit_model_is_named_where_something_tells(tmp_path, model_id, car
     assert sixteen_bit(as_hub_model(tmp_path / "model", card, model_id)) == original
 
 
+def test_all_weights_are_those_of_16_bits(cli, run, tiny):
+    refused = cli("train", "--full")
+    assert refused.code == 2 and "this model is quantised (bitsandbytes)" in refused.err, refused.err
+    assert "leave --full out" in refused.err and "qlora" not in refused.err
+    whole = cli("train", *QUICK, "--modules-to-save", "embed_tokens", "--force", "--samples", 0)
+    assert whole.code == 0, whole.err
+    assert cli("merge", "--base", tiny).code == 0
+    expected, ours = peft_merge(tiny, run / f"{NAME}_lora_adapter"), load_file(MERGED / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+    named = cli("train", "--modules-to-save", "q_proj", "--force")
+    assert named.code == 2 and "names what is not trained as a whole here: q_proj" in named.err, named.err
+
+
 @pytest.mark.parametrize(("config", "method"), [
     ({}, None), ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"), ({"quantization": {"bits": 4}}, "mlx"),

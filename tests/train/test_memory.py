@@ -218,7 +218,7 @@ def test_of_experts_little_is_in_4_bits_and_it_is_said(monkeypatch):
         choice = replace(choice, checkpointing=False)
         assert memory_module.out_of_memory(MemoryError(), choice, 2).hint == f"use {', '.join(ways)}"
         said = memory_module.described(choose(shape, replace(config, qlora=True), 500, "cuda", 10**9), 500)
-        assert (", of which 7% are in 4 bits, adapter" in said) != helps and "%" not in memory_module.described(choice, 500)
+        assert (", of which 7% are in 4 bits, trained weights" in said) != helps and "%" not in memory_module.described(choice, 500)
 
 
 @same_examples(100)
