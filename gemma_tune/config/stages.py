@@ -294,7 +294,7 @@ class TrainConfig(MethodConfig, StageConfig):
                                     "to the end.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
     keep_checkpoints: int = option(2, "How many checkpoints stay on the disk: the latest ones, among them that of the "
-                                      "lowest validation loss (with 1 its adapter alone).", least=1,
+                                      "lowest validation loss (with 1 its weights alone).", least=1,
                                    same_result=True)
     from_adapter: str | None = option(None, "Start from this PEFT adapter, a directory or an id at the Hub, with its "
                                             "rank, scale, kind and layers; `none` starts from zero again.",

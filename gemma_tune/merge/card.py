@@ -59,7 +59,7 @@ def model_card(session: Session, summary: Mapping[str, Any]) -> str:
 
 
 def _is_full(adapter: Mapping[str, Any]) -> bool:
-    """Whether weights themselves were trained, and no LoRA."""
+    """Whether weights themselves were trained, all of them or some, and no LoRA."""
     return adapter.get("target_modules") == NO_LAYER
 
 
@@ -68,7 +68,7 @@ def _kinds(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _changed(adapter: Mapping[str, Any]) -> str:
-    return "with all its weights trained" if _is_full(adapter) else "with a LoRA adapter merged into its weights"
+    return "with its own weights trained" if _is_full(adapter) else "with a LoRA adapter merged into its weights"
 
 
 # How each method learns, and what it learns from in a step.
@@ -136,7 +136,10 @@ def _record_of_training(session: Session) -> Mapping[str, Any] | None:
 
 
 def _adapter(config: Mapping[str, Any], settings: Mapping[str, Any], trained_on: str | None) -> str:
-    words = ["none: full fine-tuning"] if _is_full(config) else _of_lora(config)
+    if _is_full(config):
+        words = ["none: full fine-tuning" if settings.get("full") else f"none, but {_whole(config)}"]
+    else:
+        words = _of_lora(config)
     if settings.get("qlora"):
         words.append("trained on the base in 4 bits (QLoRA)")
     if trained_on:
@@ -156,8 +159,12 @@ def _of_lora(config: Mapping[str, Any]) -> list[str]:
         experts = ["the experts"] if config.get("target_parameters") else []
         words.append("on " + ", ".join([*map(_code, sorted(short)), *experts]))
     if config.get("modules_to_save"):
-        words.append("whole " + ", ".join(map(_code, sorted(config["modules_to_save"]))))
+        words.append(_whole(config))
     return words
+
+
+def _whole(config: Mapping[str, Any]) -> str:
+    return "whole " + ", ".join(map(_code, sorted(config.get("modules_to_save") or ())))
 
 
 def _rows(session: Session) -> str | None:

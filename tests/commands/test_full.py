@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands.test_families import make
 from safetensors.torch import load_file
+from train.test_start import made
 
 from gemma_tune.lora.layers import TOWERS
 from support.command import MANIFEST_SCHEMA, rows, write_rows
@@ -281,6 +282,14 @@ def test_what_does_not_go_together_is_named(cli, prepared, flags, said):
     result = cli("train", *flags)
     assert result.code == 2 and said in result.err, result.err
     assert "Traceback" not in result.err and not ADAPTER.exists()
+
+
+def test_the_card_of_modules_from_elsewhere_names_them(cli, tiny, tmp_path):
+    given = made(tiny, tmp_path / "given", target_modules="dummy-target-modules", modules_to_save=["norm"])
+    result = cli("merge", "--adapter", given, "--base", tiny, "--no-check", "--run", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    card = Path(result.json["artifacts"]["merged"], "README.md").read_text()
+    assert "none, but whole `norm`" in card and "with its own weights trained" in card and "full fine-tuning" not in card
 
 
 def test_all_stages_in_one_go(cli, data, tiny):
