@@ -21,6 +21,7 @@ from gemma_tune.lora.whole import all_modules, is_tied, trainable_modules
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 FILES = (CONFIG, WEIGHTS)
@@ -90,8 +91,9 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
             problems.append(f"{layer} has the shape {shape} in the base, {own} in the adapter")
         else:
             names[layer] = found
+    whole = trainable_modules(model) if adapter.copies else {}
     for module in modules_of(adapter):
-        if problem := _whole_problem(model, adapter, module, found := found_among(named, module)):
+        if problem := _whole_problem(model, whole, adapter, module, found := found_among(named, module)):
             problems.append(problem)
         else:
             names[module] = found
@@ -103,8 +105,13 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
     return names
 
 
-def _whole_problem(model: PreTrainedModel, adapter: Adapter, module: str, found: str | None) -> str | None:
-    """What keeps a module that was trained as a whole from being trained further as ``found``."""
+def _whole_problem(model: PreTrainedModel, trainable: Mapping[str, Module], adapter: Adapter, module: str,
+                   found: str | None) -> str | None:
+    """What keeps a module that was trained as a whole from being trained further as ``found``.
+
+    Args:
+        trainable: see :func:`gemma_tune.lora.whole.trainable_modules`.
+    """
     if found is None:
         return f"{module} is not in the base model"
     ties = bool(adapter.config.get("ensure_weight_tying"))
@@ -113,12 +120,11 @@ def _whole_problem(model: PreTrainedModel, adapter: Adapter, module: str, found:
         how, are = ("as one tensor", "two") if ties else ("apart from each other", "one tensor")
         return (f"{module} was trained with embedding and head {how}, and they are {are} in the base: "
                 "`gemma-tune merge --adapter` makes a model of both")
-    there = trainable_modules(model).get(found)
-    if there is None:
-        return f"{module} was trained as a whole, and is none of the modules that are here"
+    if found not in trainable:
+        return f"{module} was trained as a whole, and is none of the modules that are trained so here"
     own = {name.rpartition(".")[2]: tensor.shape for name, tensor in adapter.copies.items()
            if name.rpartition(".")[0] == module}
-    shapes = {name: tuple(p.shape) for name, p in there.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in trainable[found].named_parameters()}
     return None if own == shapes else f"{module} has the shapes {shapes} in the base, {own} in the adapter"
 
 
