@@ -62,13 +62,13 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
     if problems := [*asked.values(), *_other_base(session, adapter), *untrainable(adapter)]:
         raise _with_shapes(session, adapter, problems, asked)
     full, session = _rate_is_for_all(session), _but(session, from_adapter=start.kept, **brought)
-    if start.again and not go_on:
-        _refuse_twice(session)
     began, as_before = ("the training began with", "") if go_on or waiting else (
         "starting from", "" if start.named else ", as before")
     session.listener.note(f"{began} the adapter {start.kept}{as_before}: {in_words(has)}")
     if not waiting and session.config.full != full:
         session = _with_usual_rate(session)
+    if start.again and not go_on:
+        _refuse_twice(session)
     return session, {f"{_INPUT}_{name.split('.')[0]}": start.folder / name for name in FILES}
 
 

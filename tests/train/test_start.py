@@ -129,6 +129,17 @@ def test_the_learning_rate_suits_what_the_adapter_trains(cli, tiny, tmp_path, me
     assert rate("--from-adapter", lora) == pytest.approx(10 * default)
 
 
+def test_the_same_command_on_the_run_s_own_weights_is_no_other_training(cli, prepared, tmp_path):
+    flags = ("--max-steps", 1, "--samples", 0, "--dtype", "fp32")
+    assert cli("train", "--full", *flags).code == 0
+    full = shutil.copytree(ADAPTER, tmp_path / "full")
+    assert cli("train", "--no-full", *flags).code == 0
+    for place in (full, ADAPTER):
+        assert cli("train", "--from-adapter", place, *flags).code == 0
+    again = cli("train", "--from-adapter", ADAPTER, *flags, "--json")
+    assert again.code == 0 and again.json["status"] == "up-to-date", again.err
+
+
 @pytest.mark.parametrize(("kept", "asked", "said", "leave"), [
     ("full", ("--rank", 8), "rank: rank 8 was asked for, and the adapter holds all weights", "leave --rank out"),
     ("full", ("--no-full",), "full: full False was asked for, and the adapter holds all weights", "leave --no-full out"),
