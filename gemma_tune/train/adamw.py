@@ -64,7 +64,11 @@ class AdamWAsOne(torch.optim.AdamW):
         is not at its place, of a part the decay is another, or the steps are fewer, as an earlier part of the training
         had no gradient of it."""
         weights, places = self.gradients.weights, self.gradients.parts(self.gradients.weights_as_one)
-        if ([id(weight) for weight in self.param_groups[0]["params"]] != [id(weight) for weight in weights]
+        # The library puts norms, of modules that are trained as a whole, into a group of their own.
+        groups = [group for group in self.param_groups if group["params"]]
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        if ({id(weight) for group in groups for weight in group["params"]} != {*map(id, weights)}
+                or any(others != settings[0] for others in settings)
                 or any(weight.data_ptr() != place.data_ptr() for weight, place in zip(weights, places))):
             return None
         known = [self.state.get(weight, {}) for weight in weights]

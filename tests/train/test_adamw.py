@@ -125,6 +125,15 @@ def test_weights_that_decay_otherwise_are_steps_of_their_own(at_once):
     same(found, expected)
 
 
+def test_groups_that_differ_in_nothing_are_one_tensor(at_once):
+    groups = lambda w: [{"params": w[1::2]}, {"params": w[::2]}]  # noqa: E731
+    found, expected = Steps(True, groups), Steps(False, groups)
+    found.take(range(3))
+    assert set(at_once) == {1}
+    expected.take(range(3))
+    same(found, expected)
+
+
 def test_weights_that_were_moved_are_steps_of_their_own(at_once):
     found, expected = Steps(True), Steps(False)
     found.weights[1].data = found.weights[1].data.clone()
