@@ -105,8 +105,7 @@ class NarrowCopies:
     def refresh(self) -> None:
         """Copy what the weights are now: to be called after an optimiser step whose next step is a replay.
 
-        Outside of replays :meth:`of` finds changes by itself, but for those of an optimiser that is one kernel, which
-        PyTorch does not count.
+        Outside of replays :meth:`of` finds changes by itself.
         """
         with torch.no_grad():
             for copies in self._copies.values():

@@ -60,7 +60,7 @@ class FirstBatch:
         ids = self._sample()
         theirs = self._loss_by_logits(ids)
         with contextlib.ExitStack() as layers:
-            self.refresh = layers.enter_context(fast_layers(self.model)).refresh
+            self.refresh_adapters = layers.enter_context(fast_layers(self.model)).refresh
             self._compare(ids, theirs)
             self._tell_without_kernels()
             if self.args.activation_checkpointing:  # train() would, but the probe comes before it
@@ -73,7 +73,7 @@ class FirstBatch:
                                    "minutes; with --no-cuda-graphs it is tried")
                 compiled = False
             if compiled and not self._compile(layers):
-                self.refresh = layers.enter_context(fast_layers(self.model)).refresh
+                self.refresh_adapters = layers.enter_context(fast_layers(self.model)).refresh
             self.micro_batch = processes.least(self.micro_batch)
             # Memory that runs out later does so in one process, while the others wait for its gradients.
             self.in_step = self.accelerator.num_processes > 1

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd.graph import increment_version
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -93,7 +94,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.captured: CapturedSteps | None = None
         self.captured_evaluation: CapturedSteps | None = None
         self.freed = 0  # times that the memory of captured steps was needed
-        self.refresh: Callable[[], None] = lambda: None  # see FastLayers
+        self.refresh_adapters: Callable[[], None] = lambda: None  # see FastLayers
         self.figures = LateFigures(self.accelerator.device)
         self.overflows = 0  # steps in a row, in fp16
         self._bad = torch.zeros((), device=self.accelerator.device)  # 1 where the step must not be taken
@@ -125,12 +126,16 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
+    def refresh(self) -> None:
+        """Round the weights as they are now, where captured steps read them rounded."""
+        self.refresh_adapters()
+        self.whole.refresh()
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """The number of tokens that all processes learn in the step that begins with these batches of this one."""
         if not batch_samples:
             return None
         self.refresh()
-        self.whole.refresh()
         first = batch_samples[0]
         self._facts = {"tokens": first["step_tokens"], "trained": first["step_trained"], "rows": first["step_rows"]}
         return first["step_trained"]
@@ -324,6 +329,8 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             made = super().create_optimizer(model)
             self.optimizer = made if self.waits else AdamWAsOne(made.param_groups, self.gradients, self._bad)
             self.optimizer.register_load_state_dict_pre_hook(_in_own_way)
+            # A fused step does not count as a change by itself, and what was rounded would pass for new.
+            self.optimizer.register_step_post_hook(lambda *_: increment_version(self.gradients.weights))
         return self.optimizer
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time,
@@ -359,7 +366,6 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         batches = SortedBatches(self.lengths[1], self._share(accumulation=1))
         losses, count = [], 0
         self.refresh()
-        self.whole.refresh()
         self.gradients.clear()
         with self.evaluating():
             for batch in loader(self.eval_dataset, batches, self.accelerator):

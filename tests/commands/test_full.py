@@ -104,6 +104,40 @@ def test_the_steps_are_those_of_adamw_on_the_whole_model(cli, prepared, tiny):
         assert (got - start).abs().max() < 2.1e-3, name
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_each_evaluation_is_of_the_weights_as_they_are(cli, tiny, data, tmp_path, monkeypatch, method):
+    """Also in a captured step, which reads what was rounded last, and cannot look whether that is old."""
+    from gemma_tune.train.adapters import NarrowCopies
+
+    rows = [{"prompt": f"What is a {n}?", "chosen": f"It is a {n}.", "rejected": f"Well, many say {n}"} for n in range(10)]
+    file = data if method == "sft" else write_rows(tmp_path / "pairs.jsonl", rows)
+    assert cli("prepare", file, "--model", tiny, "--valid", 3).code == 0
+    flags = ("--full", "--max-steps", 4, "--eval-steps", 1, "--learning-rate", 1e-3, "--dtype", "bf16", "--keep", "last", "--samples", 0)
+    plain = NarrowCopies.of
+
+    def as_replayed(self, index, dtype):
+        return self._copies[dtype][index] if dtype in self._copies else plain(self, index, dtype)
+
+    def always_new(self, index, dtype):
+        plain(self, index, dtype).copy_(self._weights[index].detach())
+        return self._copies[dtype][index]
+
+    logged = []
+    for way in (always_new, plain, as_replayed):
+        monkeypatch.setattr(NarrowCopies, "of", way)
+        assert cli("train", *flags, "--force").code == 0
+        lines = map(json.loads, (RUN / "logs/metrics.jsonl").read_text().splitlines())
+        logged.append([record[name] for record in lines for name in ("loss", "eval_loss") if name in record])
+    assert logged[0] == logged[1] == logged[2] and len({*logged[0]}) > 7
+
+
+def test_what_a_single_step_did_is_seen_without_validation_rows(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny, "--valid", 0).code == 0
+    result = cli("train", "--full", "--max-steps", 1, "--learning-rate", 1e-3, "--dtype", "bf16", "--samples", 0, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["divergence_from_base"] > 1e-3
+
+
 @pytest.mark.parametrize("flags", [("--full",), ("--modules-to-save", "embed_tokens,norm", "--rank", 4)], ids=["full", "some"])
 def test_interrupted_it_goes_on_to_the_same_weights(cli, prepared, monkeypatch, flags):
     assert cli("train", *LEARN, *flags).code == 0
