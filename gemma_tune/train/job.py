@@ -244,10 +244,12 @@ def _kind_of_trainer(job: Job, train_rows: Any, valid_rows: Any) -> tuple[Any, d
     return PreferenceTrainer, {"units": units, "session": session, "reference_key": key}
 
 
-def _steps_as_one(placement: Placement) -> bool:
-    """Whether PyTorch has a kernel there for AdamW's step with many weights at once. Of Apple's not every version heeds
-    the loss scaler of fp16, see https://github.com/pytorch/pytorch/pull/186360."""
-    return placement.device == "cuda" or placement.device == "mps" and placement.short != "fp16"
+def _steps_as_one(placement: Placement, config: TrainConfig) -> bool:
+    """Whether AdamW's step is that of PyTorch's kernel for many weights at once. Of Apple's not every version heeds the
+    loss scaler of fp16, see https://github.com/pytorch/pytorch/pull/186360; on a CPU it pays for many numbers."""
+    if placement.device == "cpu":
+        return config.whole
+    return placement.device == "cuda" or placement.short != "fp16"
 
 
 def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: BatchChoice,
@@ -263,7 +265,7 @@ def _arguments(session: Session, steps: int, rows: int, placement: Any, choice: 
         learning_rate=config.learning_rate, max_grad_norm=config.clip,
         router_aux_loss_coef=0.0,  # the loss is our own, and some models have routers in name alone
         weight_decay=config.weight_decay, seed=config.seed, data_seed=config.seed,
-        optim="adamw_torch_fused" if _steps_as_one(placement) or config.whole else "adamw_torch",
+        optim="adamw_torch_fused" if _steps_as_one(placement, config) else "adamw_torch",
         use_cpu=placement.device == "cpu", bf16=False, fp16=placement.dtype == torch.float16,
         activation_checkpointing=choice.checkpointing,
         logging_steps=1, logging_nan_inf_filter=False,

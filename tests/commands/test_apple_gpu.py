@@ -72,7 +72,8 @@ def test_training_and_answering_need_what_is_there(library, prepared):
     batches."""
     commands = [("train", "--run", "sft", *FLAGS),  # in bf16, which is chosen there
                 ("train", "--run", "sft", "--force", "--dora", "--activation-checkpointing", *FLAGS),
-                ("train", "--run", "sft", "--force", "--rslora", "--dropout", 0.1, "--dtype", "fp16", *FLAGS),
+                ("train", "--run", "sft", "--force", "--rslora", "--dropout", 0.1, "--dtype", "fp16",
+                 "--modules-to-save", "norm", *FLAGS),
                 ("chat", "--run", "sft", "--prompt", "Say number 3.", "-n", 8, "--json"),
                 ("chat", "--run", "sft", "--prompt", "Say number 3.", "-n", 8, "--temperature", 0.8, "--top-k", 5,
                  "--top-p", 0.9, "--repetition-penalty", 1.1, "--compare"),
