@@ -69,6 +69,7 @@ class BatchChoice:
         per_row: sequences of each row; a pair has two.
         four_bit: the base is in 4 bits,
         in_linear: and so much of it at most: those of the weights that are in linear layers, which experts are not.
+        full: all weights are trained, which have to stay as they are.
     """
 
     micro_batch: int
@@ -80,6 +81,7 @@ class BatchChoice:
     per_row: int = 1
     four_bit: bool = False
     in_linear: float = 1.0
+    full: bool = False
 
 
 def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
@@ -142,7 +144,7 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
         memory = estimate(shape, micro_batch * per_row, longest, checkpointing=checkpointing, four_bit=config.qlora,
                           device=device, shards=config.shards)
         choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "",
-                             per_row, config.qlora, shape.linear / shape.parameters)
+                             per_row, config.qlora, shape.linear / shape.parameters, config.full)
         first = first or choice
         if choice.fits:
             break
@@ -211,13 +213,14 @@ def out_of_memory(error: Exception, choice: BatchChoice, micro_batch: int) -> Us
     ways = ["--micro-batch 1"] if micro_batch > 1 else []
     ways += [] if choice.checkpointing else ["--activation-checkpointing"]
     ways += ["--qlora"] if _can_be_packed(choice) else []
+    ways += ["an adapter instead of --full"] if choice.full else []
     return UserError(f"out of memory: {first_line(error)}",
                      f"use {', '.join(ways)}, or a smaller model" if ways else "use a smaller model")
 
 
 def _can_be_packed(choice: BatchChoice) -> bool:
     """Whether ``--qlora`` would make the weights much smaller than they are."""
-    return not choice.four_bit and choice.in_linear > _LITTLE and best_device() != "mps"
+    return not (choice.four_bit or choice.full) and choice.in_linear > _LITTLE and best_device() != "mps"
 
 
 def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
@@ -226,6 +229,8 @@ def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
     ways = []
     if config.micro_batch not in (None, 1) or config.activation_checkpointing is False:
         ways.append("leave --micro-batch and --activation-checkpointing to be chosen")
+    if choice.full:
+        ways.append("train an adapter: leave --full out")
     if memory.weights > memory.total / 4 and _can_be_packed(choice):
         ways.append("--qlora keeps the weights in 4 bits")
     if fixed + LOGITS < room and memory.activations + memory.working > 2 * LOGITS:

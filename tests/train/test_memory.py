@@ -206,6 +206,16 @@ def test_a_checkpoint_in_4_bits_is_planned_as_what_it_is(monkeypatch, flag, stor
         assert ("--qlora" in memory_module._what_helps(choice, config, 500)) == (not four_bit)
 
 
+def test_of_all_weights_none_can_be_packed_and_an_adapter_helps(monkeypatch):
+    monkeypatch.setattr(memory_module, "best_device", lambda: "cuda")
+    config = TrainConfig(batch_size=1, full=True, activation_checkpointing=False)
+    choice = choose(FAKE, config, 500, "cuda", 10**9)
+    hint = memory_module._what_helps(choice, config, 500)
+    assert "train an adapter: leave --full out" in hint and "--qlora" not in hint
+    assert memory_module.out_of_memory(MemoryError(), choice, 1).hint == (
+        "use --activation-checkpointing, an adapter instead of --full, or a smaller model")
+
+
 def test_of_experts_little_is_in_4_bits_and_it_is_said(monkeypatch):
     """They are no linear layers: --qlora is no way out for a model that is mostly of them."""
     monkeypatch.setattr(memory_module, "best_device", lambda: "cuda")
