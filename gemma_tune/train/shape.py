@@ -212,6 +212,10 @@ def _adapted(model: PreTrainedModel, config: TrainConfig, targets: Targets, patt
     if config.dora:
         start_from_base(adapted)
     install(adapted)
+    if targets.tied:  # which PEFT takes apart where weights have no contents
+        head, words = (end.modules_to_save["default"] for end in (model.get_output_embeddings(),
+                                                                  model.get_input_embeddings()))
+        head.weight = words.weight
     train_whole(adapted)
     return adapted
 

@@ -107,6 +107,18 @@ def test_sizes_are_those_of_the_model(tiny):
     assert (some.adapted, some.adapter, some.item) == (2, 2 * 4 * (64 + 64), 4)
 
 
+def test_weights_that_are_trained_themselves_are_counted_once(tiny, tmp_path):
+    """Also an embedding that is the head."""
+    for model, own in ((tiny, 0), (make_model(tmp_path / "untied", tie_word_embeddings=False), 1)):
+        shape = shape_of(model, TrainConfig(full=True), torch.bfloat16)
+        assert shape.adapter == shape.whole == shape.parameters and shape.adapter_active == 0 and shape.modules == 28 + own
+        assert shape.whole_active == shape.active and shape.head_trained
+        some = shape_of(model, replace(SMALL, modules_to_save=("embed_tokens", "norm")), torch.bfloat16)
+        lora = shape_of(model, SMALL, torch.bfloat16).adapter
+        assert some.whole == shape.head + 64 and some.adapter == lora + some.whole and some.adapter_active == lora
+        assert some.head_trained == (not own) and some.whole_active == 0
+
+
 def test_a_head_of_its_own_is_not_kept_in_4_bits(talkative):
     shape = shape_of(talkative, SMALL, torch.bfloat16)
     assert shape.parameters - shape.linear > 2 * shape.head
