@@ -118,15 +118,17 @@ class Whole:
 
 
 def train_whole(model: Any) -> NarrowCopies:
-    """Let the modules of a PEFT model that are trained as a whole compute so from now on.
+    """Let the modules of a PEFT model that are trained as a whole compute so from now on, beginning with what the base
+    has: beside one in 4 bits TRL has rounded the copies.
 
     Returns:
         The rounded copies, to be refreshed after each step; of nothing, where there are no such modules.
     """
     pairs = copies_in(model).values()
     weights = {id(p): p for _, module in pairs for p in module.parameters(recurse=False)}
-    for weight in weights.values():
-        weight.data = weight.data.float()
+    for base, module in pairs:
+        for name, weight in module.named_parameters(recurse=False):
+            weight.data = base.get_parameter(name).detach().to(torch.float32, copy=True)
     numbers = {key: number for number, key in enumerate(weights)}
     copies = NarrowCopies([*weights.values()])
     for base, module in pairs:

@@ -126,6 +126,21 @@ def test_after_a_step_the_rounded_copies_are_new():
             assert torch.equal(module.whole.narrow(name), p.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_they_begin_as_the_base_whatever_was_made_of_the_copies(dtype):
+    """TRL makes what is trained beside a base in 4 bits bf16."""
+    base = base_of("gemma3", dtype)
+    config = TrainConfig(full=True)
+    model = get_peft_model(base, lora_config(config, targets_of(base, config)))
+    for p in weights(model).values():
+        p.data = p.data.bfloat16()
+    train_whole(model)
+    for theirs, module in copies_in(model).values():
+        for name, p in module.named_parameters(recurse=False):
+            assert p.dtype == torch.float32 and torch.equal(p, theirs.get_parameter(name).float())
+            assert p.data_ptr() != theirs.get_parameter(name).data_ptr()
+
+
 def test_the_base_comes_back():
     base, ids = base_of("gemma3", torch.float32), torch.arange(5, 25)[None]
     before = base.eval()(input_ids=ids).logits
