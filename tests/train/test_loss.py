@@ -196,6 +196,7 @@ def trained_head(dtype, softcap, scale):
 @pytest.mark.parametrize("chunk", [1, 4096, 1 << 21])
 def test_the_gradient_of_a_trained_head_equals_plain_cross_entropy(monkeypatch, dtype, softcap, chunk):
     monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "ROW_BLOCK", 7)
     (total, *gradients), (expected, *wanted) = trained_head(dtype, softcap, 0.5)
     value_tolerance, gradient_tolerance = TOLERANCES[dtype]
     assert total.item() == pytest.approx(expected.item(), rel=value_tolerance)
@@ -211,6 +212,23 @@ def test_the_gradient_of_a_trained_head_is_added_to_what_is_there():
     place, once = head.grad, head.grad.clone()
     linear_cross_entropy(hidden, weight, labels, trained=head).backward()
     assert head.grad is place and torch.allclose(place, 2 * once)
+
+
+def test_a_chunk_for_a_trained_head_fits_a_gpu_as_the_logits_of_a_frozen_one_do():
+    """By shapes: for each logit four numbers in fp32 at most, such as its exponent and its slope, are there at once."""
+    hidden, weight = (torch.empty(rows, 8, dtype=torch.bfloat16, device="meta") for rows in (1000, 262_144))
+    chunks = [logits for _, _, logits in module._chunks_of_logits(hidden, weight, 4.0, 1.0)]
+    assert sum(logits.shape[1] for logits in chunks) == len(weight) and 0.9 < 16 * chunks[0].numel() / module.LOGITS <= 1
+
+
+def test_rows_of_a_trained_head_go_in_blocks(monkeypatch):
+    """A product for few columns and very many rows adds to all rows for each of them."""
+    hidden, weight, targets, _ = filled_up(torch.float32)
+    found, theirs = [], module._chunks_of_logits
+    monkeypatch.setattr(module, "ROW_BLOCK", 5)
+    monkeypatch.setattr(module, "_chunks_of_logits", lambda rows, *more: found.append(len(rows)) or theirs(rows, *more))
+    rows_cross_entropy(hidden, weight, targets, trained=weight.clone().requires_grad_()).sum().backward()
+    assert max(found) == 5 and sum(found) == 2 * len(targets)
 
 
 def test_rows_that_fill_up_say_nothing_to_a_trained_head():
