@@ -25,13 +25,14 @@ class Gradients:
             weights, all fp32 and on one device, are moved there.
 
     Attributes:
-        nothing_yet: they were cleared by :meth:`begin`, and nothing has been added; who is about to add says so.
+        begun: whether batches of a step may have added to them, as their trainer says; none has after :meth:`clear`.
     """
+
+    begun = False
 
     def __init__(self, weights: Mapping[str, torch.nn.Parameter], fixed: bool):
         self.names, self.weights, self.fixed = list(weights), list(weights.values()), fixed
         self.device = self.weights[0].device
-        self.nothing_yet = False
         # Nats per trained token of the step so far, of this process; summed with the gradients.
         self.loss = torch.zeros((), device=self.device)
         if not fixed:
@@ -68,8 +69,8 @@ class Gradients:
         return [whole[start:start + w.numel()].view_as(w) for start, w in zip(self._starts, self.weights)]
 
     def clear(self) -> None:
-        """Be zero."""
-        self.nothing_yet = False
+        """Begin a step."""
+        self.begun = False
         if not self.fixed:
             self.loss.zero_()
             for weight in self.weights:
@@ -80,16 +81,8 @@ class Gradients:
             if weight.grad is not view:  # looking takes less time than setting
                 weight.grad = view
 
-    def begin(self) -> None:
-        """Begin a step."""
-        self.clear()
-        self.nothing_yet = True
-
     def saved(self) -> list[torch.Tensor | None]:
-        """A copy, for :meth:`restore`; of nothing, where nothing was added yet. At fixed places it is one tensor, of
-        which the loss is the last number."""
-        if self.nothing_yet:
-            return []
+        """A copy, for :meth:`restore`. At fixed places it is one tensor, of which the loss is the last number."""
         if self.fixed:
             return [self._flat.clone()]
         return [self.loss.clone(), *(None if w.grad is None else w.grad.clone() for w in self.weights)]
@@ -98,12 +91,15 @@ class Gradients:
         """A copy of all gradients, one after the other (n,)."""
         if self.fixed:
             return self.as_one.clone()
-        return torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in self.weights])
+        return torch.cat(self._each())
 
-    def restore(self, saved: list[torch.Tensor | None]) -> None:
-        """Be as they were when that copy was made."""
+    def _each(self) -> list[torch.Tensor]:
+        return [(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in self.weights]
+
+    def restore(self, saved: list[torch.Tensor | None] | None) -> None:
+        """Be as they were when that copy was made; nothing, where there is none."""
         self.clear()
-        if not saved:
+        if saved is None:
             return
         if self.fixed:
             self._flat.copy_(saved[0])
@@ -116,7 +112,7 @@ class Gradients:
         """Each process has computed its rows' share of the step."""
         if not processes.joined():
             return
-        flat = self._flat if self.fixed else torch.cat([self.flat(), self.loss[None]])
+        flat = self._flat if self.fixed else torch.cat([*self._each(), self.loss[None]])
         torch.distributed.all_reduce(flat)
         if self.fixed:
             return

@@ -85,7 +85,7 @@ class BatchChoice:
 
 
 def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
-             device: str, shards: int = 1) -> Memory:
+             device: str, shards: int = 1, gradients: int = 1) -> Memory:
     """Peak memory of a training step of one process, in bytes.
 
     - weights: every number in the compute type; with ``four_bit`` those of linear layers take 4.127 bits, and the
@@ -107,6 +107,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
         longest: tokens of the longest one.
         device: ``cpu``, ``cuda`` or ``mps``.
         shards: processes that share the weights among them.
+        gradients: how often those are there at once.
     """
     tokens = micro_batch * longest
     kept = shape.kept(micro_batch, longest)
@@ -122,7 +123,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
                   WORKING_NORM * tokens * shape.hidden)
     overhead = OVERHEAD[device] + (TOKENIZER * shape.head // shape.hidden if device == "cpu" else 0)
     rounded = shape.whole * shape.item if shape.item < 4 else 0
-    return Memory(weights=weights, adapter=4 * shape.adapter + rounded, gradients=4 * shape.adapter,
+    return Memory(weights=weights, adapter=4 * shape.adapter + rounded, gradients=4 * shape.adapter * gradients,
                   optimizer=8 * shape.adapter, activations=round(FRAGMENTATION * kept), working=working,
                   overhead=overhead)
 
@@ -142,7 +143,8 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
     first = None
     for checkpointing, micro_batch in _candidates(config):
         memory = estimate(shape, micro_batch * per_row, longest, checkpointing=checkpointing, four_bit=config.qlora,
-                          device=device, shards=config.shards)
+                          device=device, shards=config.shards,
+                          gradients=_gradients_at_once(config, micro_batch, device))
         choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "",
                              per_row, config.qlora, shape.linear / shape.parameters, config.full)
         first = first or choice
@@ -151,6 +153,14 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
     reason = "as asked" if asked else "they fit" if choice is first else (
         f"{counted(first.micro_batch, row_name(config))} would need {gigabytes(first.memory.total)}")
     return replace(choice, reason=reason)
+
+
+def _gradients_at_once(config: TrainConfig, micro_batch: int, device: str) -> int:
+    """Twice where those of a step's earlier batches are kept for a batch that finds no memory, or where processes sum
+    theirs, which at fixed places needs no copy."""
+    if config.num_processes > 1:
+        return 2 if device == "cpu" and not config.whole else 1
+    return 2 if config.accumulation > 1 and micro_batch > 1 else 1
 
 
 def _candidates(config: TrainConfig) -> Iterator[tuple[bool, int]]:

@@ -99,7 +99,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.overflows = 0  # steps in a row, in fp16
         self._bad = torch.zeros((), device=self.accelerator.device)  # 1 where the step must not be taken
         self._facts: dict[str, Any] = {"tokens": 0, "trained": 1, "rows": []}
-        self.model.zero_grad = lambda set_to_none=True: self.gradients.begin()
+        self.model.zero_grad = lambda set_to_none=True: self.gradients.clear()
         processes.same_everywhere([p.data for p in self._trainable()])
         install_summed_loss(self.causal_lm)
 
@@ -164,9 +164,9 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         if not model.training:  # it would walk through all modules in each step
             model.train()
         rows = len(inputs["lengths"])
-        earlier = self.gradients.saved() if self._divisible(rows) else []
-        self.gradients.nothing_yet = False
+        earlier = self.gradients.saved() if self.gradients.begun and self._divisible(rows) else None
         while True:
+            self.gradients.begun = True
             try:
                 self._piecewise_step(model, inputs, num_items_in_batch)
                 break

@@ -86,21 +86,6 @@ def test_weights_that_were_moved_come_back_to_their_places(gradients):
             assert weight.data_ptr() == place.data_ptr() and weight.grad.data_ptr() == grad.data_ptr()
 
 
-def test_of_a_step_that_begins_nothing_is_copied(gradients):
-    backward(gradients)
-    gradients.begin()
-    saved = gradients.saved()
-    assert saved == []
-    gradients.nothing_yet = False  # as whoever is about to add says
-    backward(gradients)
-    assert len(gradients.saved()) > 0
-    gradients.restore(saved)
-    assert not any(w.grad is not None and w.grad.any() for w in gradients.weights) and not gradients.loss
-    gradients.begin()
-    gradients.clear()
-    assert len(gradients.saved()) > 0, "what is cleared in between is for somebody who adds"
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_shows_in_its_weights_norm(gradients, bad):
     gradients.clear()

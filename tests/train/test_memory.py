@@ -142,6 +142,14 @@ def test_the_parts_of_an_estimate(tiny):
     assert recomputed.total < plain.total
 
 
+@pytest.mark.parametrize(("settings", "device", "times"), [
+    ({}, "cpu", 1), ({"accumulation": 2}, "cpu", 2), ({"accumulation": 2, "micro_batch": 1}, "cuda", 1), ({"num_processes": 2}, "cpu", 2),
+    ({"num_processes": 2}, "cuda", 1), ({"accumulation": 2}, "cuda", 2)], ids=str)
+def test_gradients_that_are_copied_are_counted_twice(settings, device, times):
+    memory = choose(FAKE, TrainConfig(batch_size=2, **settings), 500, device, 10**12).memory
+    assert memory.gradients == 4 * times * FAKE.adapter
+
+
 def test_a_model_whose_code_looks_at_values_gets_a_rough_estimate(tiny, monkeypatch):
     exact = shape_of(tiny, SMALL, torch.bfloat16).kept(2, 40)
 
@@ -171,7 +179,8 @@ FAKE = ModelShape(parameters=10**9, linear=8 * 10**8, active=8 * 10**8, adapter=
 
 
 def need(config: TrainConfig, micro_batch: int, checkpointing: bool) -> int:
-    return estimate(FAKE, micro_batch, 500, checkpointing=checkpointing, four_bit=config.qlora, device="cpu").total
+    copied = config.accumulation > 1 and micro_batch > 1
+    return estimate(FAKE, micro_batch, 500, checkpointing=checkpointing, four_bit=config.qlora, device="cpu", gradients=1 + copied).total
 
 
 @same_examples(300)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.trainer import GemmaTrainer
 from support.command import rows, write_rows
 
@@ -73,8 +74,10 @@ class Memory:
             if full and self.where == "forward":
                 self.run_out()
             if full:
-                # The adapter's first matrix comes last in the backward pass: others have their gradient by then.
-                first = next(p for p in model.parameters() if p.requires_grad)
+                # The adapter's first matrix comes last in the backward pass: others have their gradient by then. An embedding that
+                # is trained, too, adds to its own by itself, first as the head.
+                words = {id(p) for p in model.get_input_embeddings().parameters()}
+                first = next(p for p in model.parameters() if p.requires_grad and id(p) not in words)
                 handle = first.register_hook(lambda grad: (handle.remove(), self.run_out()))
             return plain(model, inputs)
 
@@ -89,11 +92,18 @@ class Memory:
         torch.empty(1 << 60)  # the CPU allocator's own error
 
 
-@pytest.mark.parametrize(("accumulation", "cases"), [
-    (1, [("forward", "cuda"), ("backward", "cpu")]), (2, [("forward", "python"), ("backward", "cuda")])], ids=["1", "2"])
-def test_memory_that_runs_out_halves_the_piece_and_nothing_else(trained, monkeypatch, accumulation, cases):
-    flags = ("--batch-size", 4, "--accumulation", accumulation)
+ALL = ("--full", "--rank", 16)
+
+
+@pytest.mark.parametrize(("accumulation", "cases", "kind"), [
+    (1, [("forward", "cuda"), ("backward", "cpu")], ()), (2, [("forward", "python"), ("backward", "cuda")], ()),
+    (1, [("backward", "cpu")], ALL), (2, [("backward", "cuda")], ALL)], ids=["1", "2", "1 all weights", "2 all weights"])
+def test_memory_that_runs_out_halves_the_piece_and_nothing_else(trained, monkeypatch, accumulation, cases, kind):
+    flags = ("--batch-size", 4, "--accumulation", accumulation, *kind)
+    copies, saved = [], Gradients.saved
+    monkeypatch.setattr(Gradients, "saved", lambda self: copies.append(self) or saved(self))
     expected = trained(*flags, "--micro-batch", 2)
+    assert bool(copies) == (accumulation > 1), "of all weights a copy is large: only where there is something to lose"
     for where, error in cases:
         # Not in the first batch, which is tried before training, but within a step: with accumulation, after one batch
         # of the step has left its gradient, which must neither be lost nor be counted twice.
