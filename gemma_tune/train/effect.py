@@ -77,17 +77,19 @@ class AdapterStart:
 
 
 def _weights(module: Any) -> list[torch.Tensor]:
-    return [p.detach() for p in module.parameters(recurse=False)]
+    """As they are computed with and saved: of one that is trained as a whole rounded."""
+    whole = getattr(module, "whole", None)
+    return [whole.narrow(name) if whole else p.detach() for name, p in module.named_parameters(recurse=False)]
 
 
 def _start_of(base: Any, module: Any) -> list[torch.Tensor] | None:
     """The weights of a module that is trained as a whole; None where they are the base's, which stay there."""
-    same = all(torch.equal(a, b.to(a.dtype)) for a, b in zip(_weights(base), _weights(module)))
+    same = all(map(torch.equal, _weights(base), _weights(module)))
     return None if same else [p.cpu().clone() for p in _weights(module)]
 
 
 def _squared_distance(module: Any, before: Sequence[torch.Tensor]) -> float:
-    return sum(float(torch.linalg.vector_norm(now - was.to(now)).square())
+    return sum(float(torch.linalg.vector_norm(now.float() - was.to(now.device).float()).square())
                for now, was in zip(_weights(module), before))
 
 

@@ -116,7 +116,8 @@ def _tell(session: Session, moved: Moved, change: LogitChange | None, records: S
     parts += [loss.figures for loss in changes(records) if not loss.by_chance]
     session.listener.note(f"learned: {'; '.join(parts)}")
     if moved.still:
-        session.listener.note(f"layers that did not change, as no gradient reached them: {moved.still[0]}"
+        why = ", or they moved by less than their type holds" if session.config.whole else ""
+        session.listener.note(f"{what} that did not change, as no gradient reached them{why}: {moved.still[0]}"
                               + (", …" if len(moved.still) > 1 else ""))
     if (loss := first_loss(records)) < KNOWN:
         session.listener.note(f"the data were known before the first step: the loss was {loss:.2g} from the beginning, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -136,6 +137,27 @@ def test_what_a_single_step_did_is_seen_without_validation_rows(cli, tiny, data)
     result = cli("train", "--full", "--max-steps", 1, "--learning-rate", 1e-3, "--dtype", "bf16", "--samples", 0, "--json")
     assert result.code == 0, result.err
     assert result.json["summary"]["divergence_from_base"] > 1e-3
+
+
+def test_what_has_changed_is_told_of_what_is_saved(cli, tiny, data, tmp_path):
+    """A step may be less than bf16 holds of a weight."""
+    from safetensors.torch import save_file
+
+    model = shutil.copytree(tiny, tmp_path / "tiny-gemma")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor + 1.5 if "norm" in name else tensor for name, tensor in weights.items()}, model / "model.safetensors",
+              {"format": "pt"})
+    assert cli("prepare", data, "--model", model).code == 0
+    result = cli("train", "--full", "--max-steps", 2, "--learning-rate", 1e-5, "--dtype", "bf16", "--samples", 0, "--json")
+    assert result.code == 0, result.err
+    base, saved = load_file(model / "model.safetensors"), load_file(ADAPTER / "adapter_model.safetensors")
+    changes = {name: saved[f"base_model.model.{name}"].double() - tensor.double() for name, tensor in base.items()}
+    still = [name for name, change in changes.items() if not change.any()]
+    assert 0 < len(still) < 28, "the case itself"
+    assert f"{28 - len(still)} of 28 modules changed" in result.err and result.json["summary"]["unchanged_layers"] == len(still)
+    assert "modules that did not change, as no gradient reached them, or they moved by less than their type holds: " in result.err
+    norm = sum(change.square().sum() for change in changes.values()) ** 0.5
+    assert result.json["summary"]["adapter_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 @pytest.mark.parametrize("flags", [("--full",), ("--modules-to-save", "embed_tokens,norm", "--rank", 4)], ids=["full", "some"])
