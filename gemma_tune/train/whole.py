@@ -59,18 +59,21 @@ class Rows(torch.autograd.Function):
     larger than all its layers, would be made and added to the other for each piece of a batch."""
 
     @staticmethod
-    def forward(ctx, weight, narrow, ids):
-        """Args: weight (entries, d) in fp32, narrow the same in the compute type, ids (n,)."""
+    def forward(ctx, weight, narrow, ids, padding):
+        """Args: weight (entries, d) in fp32, narrow the same in the compute type, ids (n,); padding an entry that does
+        not learn, as that of PyTorch's own embedding, or None."""
         ctx.save_for_backward(ids)
-        ctx.weight = weight
+        ctx.weight, ctx.padding = weight, padding
         return narrow.index_select(0, ids)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
+        if ctx.padding is not None:
+            grad = grad.masked_fill((ids == ctx.padding).unsqueeze(1), 0)
         gradient_of(ctx.weight).index_add_(0, ids, grad.to(ctx.weight.dtype))
-        return None, None, None
+        return None, None, None, None
 
 
 class Whole:
@@ -104,12 +107,12 @@ class Whole:
                                 self.narrow("weight"), None if bias is None else self.narrow("bias"))
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def embedding(self, like: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """As an embedding, which may do something with the rows; ``like`` is one of its class.
+    def embedding(self, like: torch.nn.Module, padding: int | None, ids: torch.Tensor) -> torch.Tensor:
+        """As an embedding with this padding, which may do something with the rows; ``like`` is one of its class.
 
         It looks its rows up in a table of those that are wanted, in their order.
         """
-        rows = Rows.apply(self._weights["weight"], self.narrow("weight"), ids.reshape(-1))
+        rows = Rows.apply(self._weights["weight"], self.narrow("weight"), ids.reshape(-1), padding)
         return functional_call(like, {"weight": rows}, (torch.arange(ids.numel(), device=ids.device).view(ids.shape),))
 
     def other(self, like: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -148,5 +151,5 @@ def _forward(module: torch.nn.Module, whole: Whole) -> Callable[..., torch.Tenso
     like._parameters = dict(module._parameters)
     if kind == EMBEDDING:
         like.padding_idx = None  # the number of a row among those that are wanted says nothing
-        return partial(whole.embedding, like)
+        return partial(whole.embedding, like, module.padding_idx)
     return partial(whole.other, like)

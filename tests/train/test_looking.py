@@ -16,10 +16,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from gemma_tune.answers.sight import Seen, beside
+from gemma_tune.config.stages import TrainConfig
 from gemma_tune.encoding.eye import PICTURES, eye_of
 from gemma_tune.encoding.tokenizer import load_tokenizer
 from gemma_tune.encoding.tokens import TokenWriter, open_tokens, those
 from gemma_tune.lora.layers import TOWERS, target_modules
+from gemma_tune.lora.targets import lora_config, targets_of
+from gemma_tune.lora.whole import left_whole
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
 from gemma_tune.train.batches import collate, pieces
@@ -30,6 +33,7 @@ from gemma_tune.train.looking import Shown, tower_bytes
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.summed_loss import install_summed_loss
 from gemma_tune.train.trainer import GemmaTrainer
+from gemma_tune.train.whole import train_whole
 from support.gemmas import randomise
 
 FP32 = Placement("cpu", torch.float32, "test")
@@ -149,6 +153,32 @@ def test_it_is_learned_as_by_the_model_that_looks_itself(of, family, recomputed)
     with fast_layers(tuned):
         other, _ = learned(tuned, rows.batch([row | {PICTURES: ["2.png"]}])) if family == "gemma3" else (None, None)
     assert other is None or abs(other - ours) > 1e-3, "the picture matters"
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_all_weights_learn_it_as_by_the_model_that_looks_itself(of, family):
+    """The gradient of each weight of the text model is that of plain autograd on the whole model with its pixels."""
+    rows, config = of(family), TrainConfig(full=True)
+    row, whole = rows.row("0.png"), rows.whole.requires_grad_()
+    ids = row["input_ids"][None]
+    marks = {rows.eye.marks: (ids == rows.eye.soft_id).long()} if rows.eye.marks else {}
+    shown = {key: value for key, value in rows.eye.inputs("0.png").items() if key in _OF_PICTURES}
+    theirs = whole(input_ids=ids, labels=row["labels"][None], attention_mask=torch.ones_like(ids), **marks, **shown).loss
+    (theirs * 5).backward()
+    wanted = gradients(whole)
+    base = load_model(rows.folder, FP32, sight="features")
+    left = left_whole(base)
+    tuned = get_peft_model(base, lora_config(config, targets_of(base, config))).train()
+    train_whole(tuned)
+    install_summed_loss(base)
+    with fast_layers(tuned):
+        ours, found = learned(tuned, rows.batch([row]))
+    assert ours == pytest.approx(5 * theirs.item(), rel=1e-5)
+    plain = {name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): grad for name, grad in found.items()}
+    missing = {name for name, grad in wanted.items() if grad is not None and not TOWERS.search(name)} ^ plain.keys()
+    assert {name.split(".")[-2] for name in missing} == {*left}
+    for name, grad in plain.items():
+        assert (grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("family", ALL)

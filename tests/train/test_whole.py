@@ -83,6 +83,21 @@ def test_loss_and_gradients_are_those_of_the_whole_model(family, dtype):
         assert apart < (1e-4 if wide else 0.12), (name, apart)
 
 
+def test_an_entry_for_padding_learns_as_little_as_it_does_by_itself():
+    """Also where it stands in a row, as the end of turns does where a model is padded with that."""
+    base, batch = base_of("llama", torch.float32), collate(conversations())
+    padding = int(batch["input_ids"][0, 2])
+    base.get_input_embeddings().padding_idx = padding
+    exact = copy.deepcopy(base)
+    model, _ = whole(base, full=True)
+    GemmaTrainer._summed_loss(model, batch).backward()
+    logits = exact(batch["input_ids"]).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum").backward()
+    [found] = [p.grad for name, p in weights(model).items() if "embed_tokens" in name]
+    wanted = exact.get_input_embeddings().weight.grad
+    assert not wanted[padding].any() and torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_the_model_computes_with_weights_as_they_will_be_saved(family):
     """Of fp32 weights that were moved by less than bf16 holds, the logits are those of the rounded ones, bit for bit."""
