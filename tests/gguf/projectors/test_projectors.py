@@ -86,11 +86,14 @@ def _compare(made: Seer, sense: Sense, llama_cpp: LlamaCpp) -> None:
     for sample in sense.samples:
         expected = made.logprobs(sense, before, sample, behind)
         content = [{"type": "text", "text": "The quick "}, sense.part(sample), {"type": "text", "text": " brown fox"}]
-        reply = llama_cpp.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], max_tokens=1,
-                               temperature=0, top_k=1, logprobs=True, top_logprobs=8, cache_prompt=False,
-                               logit_bias=[[behind[-1], 1000]])  # a part of a character comes without any
-        assert reply["usage"]["prompt_tokens"] == len([*before, *sense.tokens, *behind])
-        found = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        for _ in range(2):  # once, in a run of all tests, llama.cpp had no number for one; in none of 20 runs of this one
+            reply = llama_cpp.post("/v1/chat/completions", messages=[{"role": "user", "content": content}], max_tokens=1,
+                                   temperature=0, top_k=1, logprobs=True, top_logprobs=8, cache_prompt=False,
+                                   logit_bias=[[behind[-1], 1000]])  # a part of a character comes without any
+            assert reply["usage"]["prompt_tokens"] == len([*before, *sense.tokens, *behind])
+            found = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            if all(top["logprob"] is not None for top in found):
+                break
         for top in found:
             assert top["logprob"] == pytest.approx(expected[top["id"]].item(), abs=NEAR)
         assert found[0]["logprob"] > expected.max().item() - NEAR
