@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -179,7 +180,9 @@ class Engine:
         told = (reply["choices"][0].get("logprobs") or {}).get("content")
         if not told:
             raise EngineRefused("llama.cpp begins no answer about the picture")
-        return {token["id"]: token["logprob"] for token in told[0]["top_logprobs"]}
+        # JSON has no infinity.
+        return {token["id"]: -math.inf if token["logprob"] is None else token["logprob"]
+                for token in told[0]["top_logprobs"]}
 
     def stream(self, ids: Sequence[int], count: int, **sampling: Any) -> Iterator[tuple[str, int, bool]]:
         """An answer of up to ``count`` tokens to a prompt of token ids, as it is made; closing it ends the answer.
