@@ -187,6 +187,7 @@ class DataFiles:
             "prompts_with_several_answers": {"prompts": len(conflicts), **self._groups(columns, conflicts)},
             "contradictions": self._groups(columns, selection.opposites),
             "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
+            "calls_without_result": {"rows": findings.noticed.unanswered, "first": findings.noticed.first_unanswered},
             "white_space_left_out": {"rows": findings.noticed.trimmed, "first": findings.noticed.first_trimmed},
             "asked_on_both_sides": selection.asked_on_both_sides,
             "ends_held_out": [{**self._place(columns, own), "from_line": int(columns.line[end])}

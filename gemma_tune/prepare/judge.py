@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from gemma_tune.base.errors import WorkFailed
@@ -88,6 +89,8 @@ class Noticed:
         mended: rows whose turns were made to alternate, by what was done.
         unthought: rows with an answer that has none where the prompt begins some.
         tools: rows with tools, calls of them or their results, which the template has a place for.
+        unanswered: rows with a call behind which the user goes on, without a result; ``first_unanswered`` is where the
+            first of them is.
         rewritten: rows of several sequences, as the template writes their earlier turns in another way later.
         difference: what that way is, in the first of them.
         padded: rows with white space around a text that the template writes.
@@ -107,6 +110,8 @@ class Noticed:
     unthought: int = 0
     mended: Counter[str] = field(default_factory=Counter)
     tools: int = 0
+    unanswered: int = 0
+    first_unanswered: str = ""
     rewritten: int = 0
     difference: str = ""
     padded: int = 0
@@ -128,6 +133,8 @@ class Noticed:
         self.unthought += later.unthought
         self.mended.update(later.mended)
         self.tools += later.tools
+        self.unanswered += later.unanswered
+        self.first_unanswered = self.first_unanswered or later.first_unanswered
         self.rewritten += later.rewritten
         self.difference = self.difference or later.difference
         self.padded += later.padded
@@ -246,6 +253,9 @@ class Judge:
         judged.noticed.kinds[kind] += 1
         judged.noticed.first_of_kind.setdefault(kind, f"{row.file}:{row.line}")
         judged.noticed.tools += bool(kinds_in(example.get("messages", ()), example.get("tools")))
+        if any("tool_calls" in turn and then["role"] == "user" for turn, then in pairwise(example.get("messages", ()))):
+            judged.noticed.unanswered += 1
+            judged.noticed.first_unanswered = judged.noticed.first_unanswered or f"{row.file}:{row.line}"
         if len(outcome.full) > 1 and kind != PAIRS:
             judged.noticed.rewritten += 1
             judged.noticed.difference = judged.noticed.difference or self._difference(row, example)

@@ -57,6 +57,10 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
     if noticed.padded:
         listener.note(f"in {counted(noticed.padded, 'row')} a text begins or ends with white space, which the chat "
                       "template keeps and the model reads or learns")
+    if noticed.unanswered:
+        listener.note(f"in {counted(noticed.unanswered, 'row')} a tool is called and the user goes on without its "
+                      f"result, which is learned so; the first is {noticed.first_unanswered}: if what the user says "
+                      "there is the result, give that turn the role `tool`")
     if seen := noticed.pictures.moving:
         listener.note(f"{counted(seen, 'row has', 'rows have')} a picture of several frames or pages, of which the "
                       f"model is shown the first; the first such row is {noticed.pictures.first_moving}")

@@ -394,6 +394,22 @@ def test_rows_with_tools_have_the_template_for_them(tool_model, tmp_path, in_con
     assert format_of(Path("adapter")).template == tool_use
 
 
+def test_calls_behind_which_the_user_goes_on_are_counted(tool_model, prepare):
+    """Also where several blocks are put together."""
+    def row(*turns):
+        return {"messages": [user("q"), call("weather", city="Oslo"), *turns], "tools": TOOLS}
+
+    then = {"role": "tool", "content": "Rain", "name": "weather", "tool_call_id": "call00001"}
+    write_rows(Path("rows.jsonl"), [row(), row(then, assistant("Rain.")), row(user("And now?"), assistant("Rain."))])
+    write_rows(Path("more.jsonl"), [row(user("And here?"), assistant("Sun."))])
+    done = prepared(tool_model, "rows.jsonl", "more.jsonl", "--valid", 0)
+    assert ("in 2 rows a tool is called and the user goes on without its result, which is learned so; the first is rows.jsonl:3: if what "
+            "the user says there is the result, give that turn the role `tool`") in " ".join(done["err"].split())
+    assert report()["calls_without_result"] == {"rows": 2, "first": "rows.jsonl:3"}
+    write_rows(Path("rows.jsonl"), [row(), row(then, assistant("Rain."))])
+    assert "goes on without its result" not in prepared(tool_model, "rows.jsonl", "--valid", 0)["err"]
+
+
 def test_rows_with_tools_are_refused_where_their_template_is_another_ones(tool_model, tmp_path):
     tool_use = (tool_model / "chat_template.jinja").read_text()
     named = {"default": "{% set tools = none %}" + tool_use, "tool_use": "{{ 'Tools!' }}" + tool_use}

@@ -395,6 +395,10 @@ def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Probl
             continue
         if role not in awaited:
             problems.append(_misplaced(number, role, awaited, caller, said))
+        elif role == "user" and "tool" in awaited and _is_json(turn["content"]):
+            problems.append(Problem("tool_order", f"turn {number} is `user` and says JSON, as the result of the tool "
+                                                  f"call in turn {caller} would",
+                                    "give it the role `tool`, or leave the row out"))
         if role == "user":
             awaited, said = ("assistant",), ""
         elif role == "tool":
@@ -405,6 +409,17 @@ def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Probl
             awaited, said = ("user",), turn["content"]
     if with_tools:
         _match_results(turns, numbers, problems)
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is an object or a list in JSON, as programs answer and people seldom write."""
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _check_answers(turns: Sequence[Turn], problems: list[Problem]) -> None:

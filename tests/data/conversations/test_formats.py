@@ -1072,6 +1072,8 @@ def test_problems_of_a_row_do_not_go_on_for_ever():
     ([USER, answer('[Look Up(at=1), f(b="x")]'), RESULT, ANSWER],
      "turn 3 is the result of a tool that is called in the text before it, as Python calls functions: '[Look Up(at=1), f(b=\"x\")]'"),
     ([USER, answer("See [1](x)."), RESULT, ANSWER], "turn 3 is the result of a tool that was not called before it"),
+    ([USER, CALL, user(' {"t": 20}'), ANSWER], "turn 3 is `user` and says JSON, as the result of the tool call in turn 2 would"),
+    ([USER, CALL, user('[{"t": 20}]'), ANSWER], "turn 3 is `user` and says JSON, as the result of the tool call in turn 2 would"),
     ([USER, CALL, ANSWER], "turn 3 is `assistant` where the result of the tool call in turn 2 is expected"),
     ([USER, CALL, RESULT | {"tool_call_id": "2"}, ANSWER], "turn 3 answers the tool call '2', which turn 2 does not make"),
     ([USER, answer(tool_calls=[called("f", {}, "1"), called("g", {}, "2")]), RESULT, ANSWER], "the tool call '2' of turn 2 has no result"),
@@ -1084,7 +1086,8 @@ def test_order_of_tool_turns(turns, reason):
 
 
 @pytest.mark.parametrize("turns", [
-    [USER, CALL], [USER, CALL, USER, ANSWER], [USER, CALL, RESULT, ANSWER], [USER, CALL, RESULT, CALL, RESULT, ANSWER, USER, ANSWER],
+    [USER, CALL], [USER, CALL, USER, ANSWER], [USER, CALL, user("{ and [ are brackets"), ANSWER],
+    [USER, ANSWER, user("[1]"), ANSWER], [USER, CALL, RESULT, ANSWER], [USER, CALL, RESULT, CALL, RESULT, ANSWER, USER, ANSWER],
     [USER, answer("Let me see.", tool_calls=CALL["tool_calls"]), RESULT | {"content": ""}, ANSWER],
     [USER, answer(tool_calls=[called("f", {}), called("g", {})]), {"role": "tool", "content": "7"}, ANSWER],
     [USER, answer(tool_calls=[called("f", {}, "1"), called("g", {})]), RESULT, ANSWER],
