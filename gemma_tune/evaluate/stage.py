@@ -36,6 +36,7 @@ from gemma_tune.lora.load import add_adapter
 from gemma_tune.report.page import write_report
 from gemma_tune.report.tables import FEW_ROWS, rough_rows, short_rows, task_rows
 from gemma_tune.run.directory import command
+from gemma_tune.run.foreign import refuse_foreign_in_evaluated, remove_evaluated
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, run_stage
 from gemma_tune.run.state import OUTSIDE, require_output
@@ -67,9 +68,8 @@ def evaluate_alone(session: Session) -> StageReport:
         session.listener.note(f"`eval` runs again: {others}")
         session = replace(session, force=True)
     done = run_stage(session, "eval", _evaluate, files | task_files, elsewhere=_from_elsewhere(session, files))
-    before = session.manifest.stages.get("eval", {"outputs": {}})["outputs"]
-    if "pictures" in before.keys() - done.artifacts.keys():  # of other rows
-        remove(session.run.evaluated)
+    if "pictures" not in done.artifacts:
+        remove_evaluated(session.run)  # of other rows; perhaps a command was killed before it came to that
     given = json.loads(Path(done.artifacts["answers"]).read_text(encoding="utf-8"))
     _tell(session, done.summary)
     return replace(done, summary={**done.summary, "answers": given})
@@ -110,6 +110,7 @@ def _evaluate(session: Session) -> Finished:
     run = session.run
     if session.config.data_file is None:
         return _measured(session)
+    refuse_foreign_in_evaluated(run)
     with new_directory(run.evaluated) as folder:
         done = _measured(session)
     if not any(folder.iterdir()):  # texts alone

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
-from gemma_tune.run.directory import RunDir
+from gemma_tune.base.files import remove
+from gemma_tune.run.directory import PICTURES, RunDir
 
 # What `prepare` puts into data/.
 PREPARED = ("train.jsonl", "valid.jsonl", "rejected.jsonl", "duplicates.jsonl", "report.json", "tokens", "origins.npy",
             "chat_template.jinja", "pictures", "picture_files.json")
-_PICTURE = re.compile(r"[0-9a-f]{64}\.[a-z]+")  # names in data/pictures
+_EVALUATED = ("pictures", "picture_files.json")  # what `eval` puts into evaluated/
+_PICTURE = re.compile(r"[0-9a-f]{64}\.[a-z]+")  # names in the directories of pictures
 _OF_SYSTEMS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini")
 _SHOWN = 5
 _ELSEWHERE = "move {} elsewhere, or work in another directory: --run DIR"
@@ -40,11 +42,33 @@ def refuse_foreign_in_data(run: RunDir) -> None:
     Raises:
         UserError: there are some; all of them.
     """
-    foreign = [name for name in _visible(run.data) if name not in PREPARED]
-    foreign += [f"{run.pictures.name}/{name}" for name in _visible(run.pictures) if not _PICTURE.fullmatch(name)]
-    if foreign:
-        raise UserError(f"{run.data} holds what `prepare` has not made and would remove: {_list(foreign)}",
+    _refuse_foreign(run.data, PREPARED, "prepare")
+
+
+def refuse_foreign_in_evaluated(run: RunDir) -> None:
+    """Files in evaluated/ that ``eval`` did not make.
+
+    Raises:
+        UserError: there are some; all of them.
+    """
+    _refuse_foreign(run.evaluated, _EVALUATED, "eval")
+
+
+def remove_evaluated(run: RunDir) -> None:
+    """Remove evaluated/, unless there is something in it that ``eval`` did not make."""
+    if run.evaluated.is_dir() and not _foreign(run.evaluated, _EVALUATED):
+        remove(run.evaluated)
+
+
+def _refuse_foreign(folder: Path, made: Sequence[str], stage: str) -> None:
+    if foreign := _foreign(folder, made):
+        raise UserError(f"{folder} holds what `{stage}` has not made and would remove: {_list(foreign)}",
                         _ELSEWHERE.format("it" if len(foreign) == 1 else "them"))
+
+
+def _foreign(folder: Path, made: Sequence[str]) -> list[str]:
+    foreign = [name for name in _visible(folder) if name not in made]
+    return foreign + [f"{PICTURES}/{name}" for name in _visible(folder / PICTURES) if not _PICTURE.fullmatch(name)]
 
 
 def refuse_occupied(run: RunDir, stage: str) -> None:

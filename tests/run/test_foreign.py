@@ -83,6 +83,21 @@ def test_files_that_were_put_into_the_data_of_a_run_are_not_removed(cli, tiny, d
     assert cli("prepare", data, "more.jsonl").code == 0
 
 
+def test_files_that_were_put_beside_evaluated_pictures_are_not_removed(cli, trained, tmp_path):
+    folder, quick = trained / "evaluated", ("--questions", 1, "--max-new-tokens", 2)
+    held = write_rows(tmp_path / "held.jsonl", rows(2))
+    for name in ("notes.md", "pictures/mine.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    refused = cli("eval", "--data", held, *quick)
+    assert refused.code == 2
+    assert "runs/tiny-gemma/evaluated holds what `eval` has not made and would remove: notes.md, pictures/mine.png" in refused.err
+    assert cli("eval", *quick).code == 0 and sorted(contents(folder)) == ["notes.md", "pictures/mine.png"]
+    (folder / "notes.md").unlink()
+    (folder / "pictures/mine.png").rename(folder / f"pictures/{'0' * 64}.png")
+    assert cli("eval", "--json", *quick).json["status"] == "up-to-date" and not folder.exists(), "left by a command that was killed"
+
+
 def test_a_runs_own_rows_are_no_data_to_prepare(cli, tiny, data, tmp_path):
     """Each time a part of them would be kept aside, and fewer be left."""
     assert cli("prepare", data, "--model", tiny).code == 0
