@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path
+from gemma_tune.base.words import counted
 from gemma_tune.data.conversations.kept_pictures import NoticedPictures, not_looked_at
 from gemma_tune.data.conversations.picture_files import require_folder
 from gemma_tune.data.reading.rows import Row, Source
@@ -67,7 +68,18 @@ def shown_in_file(session: Session, chat: ChatFormat) -> Iterator[Callable[[Sequ
         if elsewhere := noticed.elsewhere():
             e.reword(f"{e.message}: {elsewhere[0]}", elsewhere[1])
         raise
+    _tell_where(session, noticed)
     keep_tried(session.run, folder / session.run.picture_files.name, noticed.tried)
+
+
+def _tell_where(session: Session, noticed: NoticedPictures) -> None:
+    """A folder that was named for the run's data may have other pictures of the same names."""
+    if session.config.pictures or not (told := session.settings_of("prepare").get("pictures")):
+        return
+    folder = Path(session.run.found(told))
+    if found := sum(tried == folder and stamp is not None for (tried, _), stamp in noticed.tried.items()):
+        session.listener.note(f"{counted(found, 'picture is', 'pictures are')} of {folder}, as `prepare` was told; "
+                              "--pictures DIR looks into another folder first")
 
 
 def leave_others_out(session: Session, asked: Collection[str]) -> None:

@@ -274,15 +274,17 @@ def test_where_pictures_of_a_file_lie(cli, seer):
     held_out(shown("a.png"))
     manifest = json.loads((run / "manifest.json").read_text())
 
-    def kept(*flags: str) -> list[str]:
+    def kept(*flags: str, told: bool = False) -> list[str]:
         result = cli("eval", "--data", "held/out.jsonl", "--force", *flags, *FP32)
         assert result.code == 0, result.err
+        said = "1 picture is of told, as `prepare` was told; --pictures DIR looks into another folder first"
+        assert (said in " ".join(result.err.split())) is told
         return [path.name for path in (run / "evaluated" / "pictures").iterdir()]
 
     assert kept() == [name_of(contents["held"])]
     manifest["stages"]["prepare"]["config"]["pictures"] = {"value": "../../told", "from": "flag"}
     (run / "manifest.json").write_text(json.dumps(manifest))
-    assert kept() == [name_of(contents["told"])]
+    assert kept(told=True) == [name_of(contents["told"])]
     assert kept("--pictures", "named") == kept() == [name_of(contents["named"])], "as before"
     assert json.loads((run / "manifest.json").read_text())["stages"]["eval"]["config"]["pictures"]["value"] == "../../named"
     shutil.rmtree("named")
