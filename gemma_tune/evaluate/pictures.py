@@ -12,6 +12,7 @@ from pathlib import Path
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path
 from gemma_tune.base.words import counted
+from gemma_tune.config.stages import EvalConfig
 from gemma_tune.data.conversations.kept_pictures import NoticedPictures, not_looked_at
 from gemma_tune.data.conversations.picture_files import require_folder
 from gemma_tune.data.reading.rows import Row, Source
@@ -22,6 +23,18 @@ from gemma_tune.run.pictures import blind, keep_tried, kept_in, others_now
 from gemma_tune.run.session import Session
 
 
+def require_use(config: EvalConfig) -> None:
+    """What can be known of ``--pictures`` before a run is looked at.
+
+    Raises:
+        UserError: there is no such folder, or no rows are named whose pictures lie there.
+    """
+    if config.pictures and config.data_file is None:
+        raise UserError("--pictures is for rows of a file, and the pictures of the validation rows are in the run",
+                        "name the rows with --data FILE, or leave --pictures out")
+    require_folder(config.pictures)
+
+
 def with_folder(session: Session) -> Session:
     """The session with the folder of ``--pictures`` as the manifest keeps it.
 
@@ -29,9 +42,8 @@ def with_folder(session: Session) -> Session:
         UserError: it is not there, or no rows are named whose pictures lie there.
     """
     named, kept = session.config.pictures, None
-    if session.config.data_file is None and named and "pictures" in session.given:
-        raise UserError("--pictures is for rows of a file, and the pictures of the validation rows are in the run",
-                        "name the rows with --data FILE, or leave --pictures out")
+    if "pictures" in session.given:
+        require_use(session.config)
     if session.config.data_file and named:
         named = named if "pictures" in session.given else session.run.found(named)
         require_folder(named)

@@ -14,7 +14,6 @@ from gemma_tune.base.checkpoint import read_config, vocabulary_of
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, new_directory, remove, write_atomic, write_json
 from gemma_tune.base.words import counted
-from gemma_tune.data.conversations.picture_files import require_folder
 from gemma_tune.encoding.eye import eye_of
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.compare import (
@@ -27,7 +26,7 @@ from gemma_tune.evaluate.compare import (
     worse_at_the_rows,
 )
 from gemma_tune.evaluate.markdown import report
-from gemma_tune.evaluate.pictures import leave_others_out, other_pictures, with_folder
+from gemma_tune.evaluate.pictures import leave_others_out, other_pictures, require_use, with_folder
 from gemma_tune.evaluate.rows import FILE, Question, choose, nothing_to_measure
 from gemma_tune.evaluate.sight import base_that_sees
 from gemma_tune.evaluate.tasks import Tasks, compared, found_names, with_files
@@ -99,11 +98,11 @@ def require_settings(config: Any) -> None:
     """What can be known of the settings before a run is looked at.
 
     Raises:
-        UserError: a file or package that is missing.
+        UserError: a file, folder or package that is missing, or a folder of pictures without rows.
     """
     require_tasks(config.tasks)
     FILE.require(config.data_file)
-    require_folder(config.pictures)
+    require_use(config)
 
 
 def _evaluate(session: Session) -> Finished:

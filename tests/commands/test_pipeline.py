@@ -205,6 +205,17 @@ def test_run_refuses_at_once_what_a_later_stage_would_refuse(cli, tiny, data, fl
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(("there", "text"), [
+    (True, "--pictures is for rows of a file"), (False, "the folder of the pictures, photos, is not")])
+def test_run_refuses_at_once_pictures_that_its_evaluation_would_refuse(cli, tiny, data, there, text):
+    if there:
+        Path("photos").mkdir()
+    Path("settings.yaml").write_text("eval: {pictures: photos%s}\n" % ("" if there else f", data: '{data}'"))
+    result = cli("run", data, "--model", tiny, "--config", "settings.yaml")
+    assert result.code == 2 and text in " ".join(result.err.split()), result.err
+    assert not Path("runs").exists()
+
+
 def test_commands_to_type_next_are_quoted_for_a_shell(cli, tiny, data):
     import shlex
 
