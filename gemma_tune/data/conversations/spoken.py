@@ -78,15 +78,16 @@ def transcript(text: str, other: str) -> list[dict[str, Any]] | None:
     begins; None where that is not to be seen.
 
     What follows there is split no further unless speakers take turns in it: an answer may quote ``Assistant:``. Before
-    it, empty lines part turns, or where these lead to no answer or to an earlier one, any lines do.
+    it, empty lines part turns, or where these lead to no answer, any lines do; so these do where empty lines lead to an
+    earlier answer, unless one stands before the text, as before each turn of such a transcript.
     """
-    text, other = text.lstrip(), other.lstrip()
+    by_empty_lines, text, other = text.startswith("\n\n"), text.lstrip(), other.lstrip()
     shared = commonprefix([text, other])
     found = [(layout, begun) for layout in (_HH[1], _LAYOUTS[_HH[0]]) if (begun := [*layout.finditer(shared)])
              and _take_turns(begun) and begun[0].start() == 0 and begun[-1][1] == _HH[0][1]]
     if not found:
         return None
-    layout, turns = max(found, key=lambda one: one[1][-1].end())
+    layout, turns = found[0] if by_empty_lines else max(found, key=lambda one: one[1][-1].end())
     more = [*layout.finditer(text, turns[-1].end())]
     turns += more if _take_turns([*turns, *more]) else []
     ends = [*(turn.start() for turn in turns[1:]), len(text)]

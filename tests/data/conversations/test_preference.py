@@ -130,6 +130,13 @@ def test_where_two_transcripts_part_the_answer_begins_with_or_without_empty_line
     assert read({"chosen": f"{before} No.", "rejected": f"{before} {said}"}).rejected == [answer(said)]
 
 
+def test_a_dialogue_with_which_both_answers_begin_is_no_turn_where_empty_lines_part_turns():
+    before = f"\n\nHuman: Hi\n\nAssistant: {PLAY}"
+    example = read({"chosen": f"{before} there.", "rejected": f"{before} you."})
+    assert [turn["content"] for turn in example.messages] == ["Hi", f"{PLAY} there."]
+    assert example.rejected == [answer(f"{PLAY} you.")]
+
+
 def test_so_it_does_in_transcripts_without_any_empty_lines():
     before = "Human: Hi\nAssistant: Yes.\nHuman: Go on.\nAssistant:"
     example = read({"chosen": f"{before} Sure:\nAssistant: is a name.", "rejected": f"{before} No."})
