@@ -17,6 +17,7 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.data.conversations.unread import Unread
 from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import Row, Source, read_blocks
 from gemma_tune.data.reading.text import TextFile
@@ -31,11 +32,13 @@ Showing = Callable[[Row, Turns], Turns]  # what becomes of a row's turns with pi
 
 @dataclass(frozen=True)
 class Usable:
-    """A row that nothing is wrong with, but perhaps its length: the conversation, and its token sequences."""
+    """A row that nothing is wrong with, but perhaps its length: the conversation, its token sequences, and what nobody
+    reads of it."""
 
     row: Row
     example: PreparedRow
     outcome: Outcome
+    unread: Sequence[Unread]
 
 
 def rows_of(source: Source, listener: Listener) -> Iterator[Row]:
@@ -84,7 +87,7 @@ def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig, showing
                       config.on_uneven == "mend")
     checks = TextChecks(encoder.chat.markers, config.allow)
     faults: list[str] = []
-    good: list[tuple[Row, Any]] = []
+    good: list[tuple[Row, PreparedRow, Sequence[Unread]]] = []
     for row in rows:
         try:
             example = formats.example_of(row)
@@ -95,11 +98,11 @@ def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig, showing
         except RowError as e:
             faults.append(f"{row.file}:{row.line}: {'; '.join(f'{p.reason} ({p.fix})' for p in e.problems)}")
         else:
-            good.append((row, example.as_row()))
+            good.append((row, example.as_row(), example.unread))
     found = []
-    for (row, example), outcome in zip(good, encoder.encode([example for _, example in good]), strict=True):
+    for (row, example, unread), outcome in zip(good, encoder.encode([example for _, example, _ in good]), strict=True):
         if isinstance(outcome, FormatError):
             faults.append(f"{row.file}:{row.line}: {outcome}")
         else:
-            found.append(Usable(row, example, outcome))
+            found.append(Usable(row, example, outcome, unread))
     return found, faults

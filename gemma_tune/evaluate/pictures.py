@@ -15,6 +15,7 @@ from gemma_tune.base.words import counted
 from gemma_tune.config.stages import EvalConfig
 from gemma_tune.data.conversations.kept_pictures import NoticedPictures, not_looked_at
 from gemma_tune.data.conversations.picture_files import require_folder
+from gemma_tune.data.conversations.unread import Unread
 from gemma_tune.data.reading.rows import Row, Source
 from gemma_tune.data.usable import Showing, Turns
 from gemma_tune.encoding.chat_format import ChatFormat
@@ -92,6 +93,21 @@ def _tell_where(session: Session, noticed: NoticedPictures) -> None:
     if found := sum(tried == folder and stamp is not None for (tried, _), stamp in noticed.tried.items()):
         session.listener.note(f"{counted(found, 'picture is', 'pictures are')} of {folder}, as `prepare` was told; "
                               "--pictures DIR looks into another folder first")
+
+
+def tell_of_unread(session: Session, unread: Sequence[Sequence[Unread]]) -> None:
+    """Warn of rows that hold a picture where nobody reads any, and are measured without it.
+
+    Args:
+        unread: what is not read of each row.
+    """
+    noticed = NoticedPictures()
+    for found in unread:
+        noticed.pass_over(found)
+    if noticed.unread:
+        listed = counted(noticed.unread, "row holds", "rows hold")
+        session.listener.warn(f"{listed} a picture in `{noticed.first_unread}`, which is not read, and "
+                              f"{'is' if noticed.unread == 1 else 'are'} measured without it: call it `image`")
 
 
 def leave_others_out(session: Session, asked: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from gemma_tune.data.usable import sampled
 from gemma_tune.encoding.chat_format import ChatFormat, Encoded, FormatError
 from gemma_tune.encoding.sequences import Encoder, Outcome, PreparedRow
 from gemma_tune.encoding.tokens import digest, digests_of, open_tokens
-from gemma_tune.evaluate.pictures import shown_in_file
+from gemma_tune.evaluate.pictures import shown_in_file, tell_of_unread
 from gemma_tune.evaluate.preferences import Preferences, better_of, preferences_of, wanted_of_sequence
 from gemma_tune.measure.likelihood import Wanted
 from gemma_tune.run.directory import command
@@ -138,6 +138,8 @@ def _of_run(session: Session, encoder: Encoder, limit: int) -> tuple[list[Prepar
 def _of_file(session: Session, encoder: Encoder, limit: int) -> tuple[list[PreparedRow], int]:
     with shown_in_file(session, encoder.chat) as showing:
         rows, there = FILE.rows(session, session.config.data_file, encoder, limit, showing, session.config.seed)
+    if encoder.chat.eye is not None:
+        tell_of_unread(session, [one.unread for one in rows])
     rows.sort(key=lambda one: (one.row.file, one.row.line))
     return [one.example for one in rows], there
 

@@ -350,6 +350,17 @@ def test_columns_of_a_table_have_pictures(cli, seer):
         assert [answer[side].rstrip(BROKEN) for side in ("base", "tuned")] == looking.answers(answer["prompt"], 3)
 
 
+def test_pictures_that_are_not_read_are_told_of(cli, seer):
+    seer("gemma3")
+    picture = base64.b64encode(as_bytes(drawn())).decode()
+    Path("held").mkdir()
+    held_out(*({"messages": row["messages"], "photo": {"base64": picture}} for row in texts(2)))
+    result = cli("eval", "--data", "held/out.jsonl", *FP32)
+    assert result.code == 0, result.err
+    said = "2 rows hold a picture in `photo`, which is not read, and are measured without it: call it `image`"
+    assert said in " ".join(result.err.split())
+
+
 def test_rows_of_the_hub_reach_no_file(seer):
     run, _ = seer("gemma3")
     save("held/a.png")
