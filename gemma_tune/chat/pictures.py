@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import first_line
-from gemma_tune.data.conversations.picture_files import Unusable, decoded
+from gemma_tune.data.conversations.picture_files import Unusable, decoded, is_file
 from gemma_tune.data.conversations.pictures import Picture, pictures_in
 from gemma_tune.encoding.eye import PICTURES, opened, png_of, with_parts
 
@@ -156,14 +156,14 @@ def paths_in(text: str) -> list[Path]:
     backslashes where they need them; ``~`` and ``file://`` are understood."""
     text = text.strip()
     whole = Path(_from_uri(os.path.expanduser(text)))
-    if _is_there(whole):
+    if is_file(whole):
         return [whole]
     try:
         words = shlex.split(text, posix=os.name == "posix")  # in Windows a backslash is a part of the path
     except ValueError:  # an apostrophe
         return [whole]
     paths = [Path(_from_uri(os.path.expanduser(word.strip("\"'") if os.name == "nt" else word))) for word in words]
-    return paths if any(map(_is_there, paths)) or len(paths) == 1 else [whole]
+    return paths if any(map(is_file, paths)) or len(paths) == 1 else [whole]
 
 
 def are_pictures(text: str) -> bool:
@@ -171,14 +171,7 @@ def are_pictures(text: str) -> bool:
     if "\n" in text or not any(suffix in text.lower() for suffix in SUFFIXES):
         return False
     paths = paths_in(text)
-    return all(path.suffix.lower() in SUFFIXES and path.is_absolute() and _is_there(path) for path in paths)
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long, a NUL
-        return False
+    return all(path.suffix.lower() in SUFFIXES and path.is_absolute() and is_file(path) for path in paths)
 
 
 def _from_uri(text: str) -> str:

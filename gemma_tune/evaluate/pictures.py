@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,14 +108,3 @@ def tell_of_unread(session: Session, unread: Sequence[Sequence[Unread]]) -> None
         listed = counted(noticed.unread, "row holds", "rows hold")
         session.listener.warn(f"{listed} a picture in `{noticed.first_unread}`, which is not read, and "
                               f"{'is' if noticed.unread == 1 else 'are'} measured without it: call it `image`")
-
-
-def leave_others_out(session: Session, asked: Collection[str]) -> None:
-    """Remove the pictures of a file's rows that are not asked about, which no report shows."""
-    folder = fresh_path(session.run.evaluated) / PICTURES
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name not in asked:
-                path.unlink()
-        with contextlib.suppress(OSError):  # some stay
-            folder.rmdir()

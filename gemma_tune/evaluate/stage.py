@@ -14,7 +14,8 @@ from gemma_tune.base.checkpoint import read_config, vocabulary_of
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, new_directory, remove, write_atomic, write_json
 from gemma_tune.base.words import counted
-from gemma_tune.encoding.eye import eye_of
+from gemma_tune.data.conversations.kept_pictures import keep_alone
+from gemma_tune.encoding.eye import PICTURES, eye_of
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.evaluate.compare import (
     SIDES,
@@ -26,7 +27,7 @@ from gemma_tune.evaluate.compare import (
     worse_at_the_rows,
 )
 from gemma_tune.evaluate.markdown import report
-from gemma_tune.evaluate.pictures import leave_others_out, other_pictures, require_use, with_folder
+from gemma_tune.evaluate.pictures import other_pictures, require_use, with_folder
 from gemma_tune.evaluate.rows import FILE, Question, choose, nothing_to_measure
 from gemma_tune.evaluate.sight import base_that_sees
 from gemma_tune.evaluate.tasks import Tasks, compared, found_names, with_files
@@ -144,7 +145,8 @@ def _measured(session: Session) -> Finished:
     for said in filter(None, (worse_at_the_rows(measures), worse_at_general_text(measures))):
         listener.warn(said)
     side_by_side = _compared(chosen.questions, given)
-    leave_others_out(session, {name for question in chosen.questions for name in question.prompt.pictures})
+    keep_alone(fresh_path(session.run.evaluated) / PICTURES,  # of a file's rows: the report shows no others
+               {name for question in chosen.questions for name in question.prompt.pictures})
     outputs = {"report": session.run.report, "answers": session.run.answers}
     made = {path: fresh_path(path) for path in outputs.values()}
     write_atomic(made[outputs["report"]], report(session, {**summary, "answers": side_by_side}).encode())

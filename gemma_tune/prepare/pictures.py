@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gemma_tune.data.conversations.kept_pictures import keep_alone
 
 _MARK = b'"pictures": ['  # in each line of a row that has some, and perhaps in a call of a tool
 
@@ -48,16 +48,8 @@ class UsedPictures:
             ``pictures_on_both_sides`` of the split.
         """
         used = set().union(*self._names.values())
-        size = 0
-        if self._folder.is_dir():
-            for entry in os.scandir(self._folder):
-                if entry.name in used:
-                    size += entry.stat().st_size
-                else:
-                    os.unlink(entry)
+        size = keep_alone(self._folder, used)
         if not used:
-            with contextlib.suppress(FileNotFoundError):
-                self._folder.rmdir()
             return {}
         both = set.intersection(*self._names.values()) if len(self._names) > 1 else set()
         return {"picture_rows": self._rows, "pictures": len(used), "picture_bytes": size,

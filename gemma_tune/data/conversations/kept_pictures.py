@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from gemma_tune.data.conversations.picture_files import (
     Unusable,
     decoded,
     examined,
+    is_file,
     located,
     read,
 )
@@ -185,6 +187,24 @@ class Pictures:
         return found
 
 
+def keep_alone(folder: Path, names: Collection[str]) -> int:
+    """Remove the other pictures of a folder, and the folder itself where no name is given.
+
+    Returns:
+        The size in bytes of those that stay.
+    """
+    size = 0
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        if entry.name in names:
+            size += entry.stat().st_size
+        else:
+            os.unlink(entry)
+    if not names:
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmdir()
+    return size
+
+
 def not_looked_at(why: str) -> RowError:
     """What is said of a row with pictures where nobody looks at them.
 
@@ -207,11 +227,4 @@ def likely_folder(path: str, place: Place) -> Path | None:
         return None
     tried = [Path(), *(folder / os.path.join(*[os.pardir] * up) for folder in place.folders
                        for up in range(1, _ABOVE + 1))]
-    return next((Path(os.path.normpath(folder)) for folder in tried if _is_file(folder / path)), None)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+    return next((Path(os.path.normpath(folder)) for folder in tried if is_file(folder / path)), None)

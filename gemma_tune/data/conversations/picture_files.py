@@ -143,6 +143,14 @@ def located(path: str, place: Place, tried: Tried) -> tuple[Path, os.stat_result
                    MISSING)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there, whatever a row or a line says that is taken for its path."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, a NUL
+        return False
+
+
 def read(file: Path) -> bytes:
     """All bytes of a picture's file.
 
