@@ -45,16 +45,23 @@ def with_folder(session: Session) -> Session:
     named, kept = session.config.pictures, None
     if "pictures" in session.given:
         require_use(session.config)
-    if session.config.data_file and named:
-        named = named if "pictures" in session.given else session.run.found(named)
+    elif session.config.data_file and named:
+        named = session.run.found(named)
+        if "data" in session.given and not os.path.isdir(named):
+            session.listener.note(f"the folder of the pictures, {named}, is gone: it is not looked into any more")
+            named = None
         require_folder(named)
+    if session.config.data_file and named:
         kept = session.run.relative(Path(os.path.expanduser(named)))
     resolved = replace(session.resolved, config=replace(session.config, pictures=kept))
     return replace(session, resolved=resolved, given=set(session.given) - {"pictures"})
 
 
 def other_pictures(session: Session) -> str | None:
-    """What became of the files since, in which the rows' pictures were looked for; None where all is the same."""
+    """What became of the files since, in which the rows' pictures were looked for; None where all is the same, or other
+    rows are measured now."""
+    if session.settings_of("eval").get("data") != session.config.data:
+        return None
     return others_now(session.run, session.run.evaluated / session.run.picture_files.name)
 
 

@@ -265,6 +265,9 @@ def test_pictures_of_a_file_that_changed_are_noticed(cli, seer):
     assert again.json["status"] == "done" and "`eval` runs again: 1 picture was put there, or changed, since" in again.err
     assert again.json["summary"]["measures"]["loss"] != first.json["summary"]["measures"]["loss"]
     assert cli("eval", "--json", *FP32).json["status"] == "up-to-date"
+    save("held/a.png", as_bytes(drawn(3)))
+    other = cli("eval", "--data", write_rows(Path("text.jsonl"), texts(3)), *FP32)
+    assert other.code == 0 and "runs again: data: " in other.err and "put there, or changed" not in other.err, other.err
 
 
 def test_where_pictures_of_a_file_lie(cli, seer):
@@ -290,6 +293,8 @@ def test_where_pictures_of_a_file_lie(cli, seer):
     shutil.rmtree("named")
     gone = cli("eval", *FP32)
     assert gone.code == 2 and "the folder of the pictures" in gone.err and "is not there" in gone.err, gone.err
+    others = cli("eval", "--data", write_rows(Path("held/others.jsonl"), [shown("a.png"), *texts(2)]), *FP32)
+    assert others.code == 0 and "the folder of the pictures, named, is gone: it is not looked into any more" in others.err
     alone = cli("eval", "--data", "valid", "--pictures", "told", *FP32)
     assert alone.code == 2 and "--pictures is for rows of a file" in alone.err and "--data FILE" in alone.err
 
