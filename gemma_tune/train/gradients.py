@@ -101,6 +101,7 @@ class Gradients:
         self.clear()
         if saved is None:
             return
+        self.begun = True
         if self.fixed:
             self._flat.copy_(saved[0])
             return

@@ -62,6 +62,7 @@ def test_what_was_saved_comes_back(gradients):
     backward(gradients, 7.0)
     gradients.restore(saved)
     assert gradients.loss == loss and all(torch.equal(w.grad, e) for w, e in zip(gradients.weights, expected))
+    assert gradients.begun, "there is something to lose again"
     gradients.clear()
     empty = gradients.saved()
     backward(gradients)

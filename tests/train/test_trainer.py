@@ -115,6 +115,26 @@ def test_memory_that_runs_out_halves_the_piece_and_nothing_else(trained, monkeyp
         assert "out of memory with 4 conversations at once: going on with 2; a step still learns from the same" in got[2]
 
 
+def test_memory_that_runs_out_twice_in_a_step_loses_none_of_its_batches(trained, monkeypatch):
+    """First beside captured steps, which are freed, and in the next batch where there is nothing to free."""
+    flags, batches, failed = ("--batch-size", 4, "--accumulation", 2), [], []
+    expected = trained(*flags, "--micro-batch", 2)
+    step, eager = GemmaTrainer.training_step, GemmaTrainer._eager_step
+
+    def failing(self, model, part, count):
+        eager(self, model, part, count)
+        if len(batches) == 2 and not failed or len(batches) == 3 and len(part["lengths"]) > 2:  # the first one is tried before
+            failed.append(len(batches))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(GemmaTrainer, "_holds_captured", property(lambda self: len(batches) == 2))
+    monkeypatch.setattr(GemmaTrainer, "training_step", lambda self, *given: batches.append(1) or step(self, *given))
+    monkeypatch.setattr(GemmaTrainer, "_eager_step", failing)
+    got = trained(*flags)
+    assert failed == [2, 3] and "a rare batch needed the memory of captured steps" in got[2]
+    same(got, expected)
+
+
 def test_the_first_batch_shows_what_fits(trained, monkeypatch):
     expected = trained("--micro-batch", 1)
     memory = Memory(monkeypatch, 1)
