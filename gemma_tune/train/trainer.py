@@ -225,16 +225,19 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         captured steps hold is what it lacks, that is freed; they are captured anew when they come again."""
         if not self._holds_captured:
             return work()
-        earlier, sums = self.gradients.saved(), [place.clone() for place in self.sums()]
+        earlier = None
         try:
+            earlier = self.gradients.saved(), [place.clone() for place in self.sums()]
             return work()
         except (RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e):
                 raise
         # Outside the handler, whose traceback keeps the activations alive.
-        self.gradients.restore(earlier)
-        for place, value in zip(self.sums(), sums):
-            place.copy_(value)
+        if earlier is not None:  # else there was no memory for the copy, and nothing was added
+            self.gradients.restore(earlier[0])
+            for place, value in zip(self.sums(), earlier[1]):
+                place.copy_(value)
+            earlier = None
         gc.collect()
         self.forget_captured()
         self.freed += 1

@@ -249,6 +249,26 @@ def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, ti
     same_figures(expected, log())
 
 
+def test_a_copy_of_the_gradients_that_does_not_fit_beside_captured_steps_frees_them(cli, tiny, tmp_path, monkeypatch):
+    """Of all weights it takes four bytes for each."""
+    command = trained_eagerly(cli, tiny, tmp_path, 2, ("--method", "sft", "--micro-batch", 1))
+    expected, failed, saved = log(), [], Gradients.saved
+
+    def without_memory(self):
+        if self.begun and self.computed and len(failed) < 2:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return saved(self)
+
+    capture_with(Kept, monkeypatch)
+    monkeypatch.setattr(Gradients, "saved", without_memory)
+    Kept.freed = Kept.turns = 0
+    result = cli(*command)
+    assert result.code == 0, result.err
+    assert len(failed) == 2 and "a rare batch needed the memory of captured steps" in result.err
+    same_figures(expected, log())
+
+
 @pytest.mark.parametrize("flags", [("--sft-weight", 0.5), ("--method", "sft")], ids=["rpo", "sft"])
 def test_a_rare_piece_that_does_not_fit_at_all_goes_in_halves(cli, tiny, tmp_path, monkeypatch, flags):
     from gemma_tune.train import trainer
