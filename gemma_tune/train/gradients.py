@@ -1,8 +1,9 @@
-"""The gradients of the adapter: at addresses that stay, summed over the processes, checked and clipped in one go.
+"""The gradients of what is trained: at addresses that stay, summed over the processes, checked and clipped in one go.
 
-A graph of kernels that was captured adds to the addresses that it saw, so on a GPU the gradients of all weights are
-views of one tensor, and the weights those of another. That also makes clearing, clipping, summing over the processes
-and the optimiser's step (:mod:`gemma_tune.train.adamw`) one kernel each, which Python starts in no time.
+A graph of kernels that was captured adds to the addresses that it saw, so on a CUDA GPU the gradients of all weights
+are views of one tensor, and the weights those of another. That also makes clearing, clipping, summing over the
+processes and the optimiser's step (:mod:`gemma_tune.train.adamw`) one kernel each, which Python starts in no time. On a
+CPU it is so where modules are trained as a whole, whose gradients would be made anew in each step.
 """
 
 from __future__ import annotations

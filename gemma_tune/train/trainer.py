@@ -88,9 +88,10 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         on_gpu = self.accelerator.device.type == "cuda"
         # In fp16 the loss scaler looks at the gradients and decides by itself, which takes its time.
         self.waits = not on_gpu or self.args.fp16
-        # On a CPU, too, gradients of whole models are better not made anew in each step; Apple's GPU lacks an operator.
-        self.gradients = Gradients({name: p for name, p in self.model.named_parameters() if p.requires_grad},
-                                   fixed=on_gpu or bool(self.whole) and self.accelerator.device.type == "cpu")
+        # On a CPU, too, gradients of whole models are better not made anew in each step. Apple's GPU has no kernel for
+        # their norms, where they are one tensor.
+        one = on_gpu or self.accelerator.device.type == "cpu" and bool(self.whole)
+        self.gradients = Gradients({name: p for name, p in self.model.named_parameters() if p.requires_grad}, fixed=one)
         self.captured: CapturedSteps | None = None
         self.captured_evaluation: CapturedSteps | None = None
         self.freed = 0  # times that the memory of captured steps was needed
