@@ -6,7 +6,7 @@ each weight, and how checkpoints hold it, is PyTorch's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,11 +75,18 @@ class AdamWAsOne(torch.optim.AdamW):
         taken = {float(state.get("step", 0)) for state in known}
         if len(taken) > 1:
             return None
-        first, second = self.gradients.room(), self.gradients.room()
-        for weight, state, *moments in zip(weights, known, self.gradients.parts(first), self.gradients.parts(second)):
-            for name, moment in zip(("exp_avg", "exp_avg_sq"), moments):
-                if name in state:
-                    moment.copy_(state[name])
+        first, second = (self._moved(name, known) for name in ("exp_avg", "exp_avg_sq"))
+        for weight, *moments in zip(weights, self.gradients.parts(first), self.gradients.parts(second)):
             step = torch.zeros((), device=first.device)
             self.state[weight] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
         return first, second, torch.full((), taken.pop(), device=first.device)
+
+    def _moved(self, name: str, known: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """One moment of all weights, laid out as they are (n,), which those that know some of it give away: by way of
+        the CPU, as on a GPU there need not be room for it twice."""
+        before = [state.pop(name).cpu() if name in state else None for state in known]
+        whole = self.gradients.room()
+        for place, moment in zip(self.gradients.parts(whole), before):
+            if moment is not None:
+                place.copy_(moment)
+        return whole

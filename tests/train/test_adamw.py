@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 
 import pytest
 import torch
@@ -114,6 +115,25 @@ def test_checkpoints_are_read_both_ways(fused, at_once):
     assert {float(state["step"]) for state in after.saved()["state"].values()} == {4}
     after.take([4, 5])
     same(after, expected)
+
+
+def test_of_what_is_loaded_nothing_is_twice_on_the_device(monkeypatch):
+    """Of all weights each moment takes four bytes for a weight."""
+    before, expected, found = Steps(False), Steps(False), Steps(True)
+    before.take(range(2))
+    expected.take(range(3))
+    found.optimizer.load_state_dict(before.saved())
+    with torch.no_grad():
+        for ours, theirs in zip(found.weights, before.weights):
+            ours.copy_(theirs)
+    loaded = [[weakref.ref(state[name]) for state in found.optimizer.state.values()] for name in ("exp_avg", "exp_avg_sq")]
+    left, room = [], found.gradients.room
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self.clone())  # as of another device
+    monkeypatch.setattr(found.gradients, "room", lambda: left.append([sum(r() is not None for r in refs) for refs in loaded]) or room())
+    found.take([2])
+    assert left == [[0, 4], [0, 0]]
+    monkeypatch.undo()
+    same(found, expected)
 
 
 def test_weights_that_decay_otherwise_are_steps_of_their_own(at_once):
