@@ -188,6 +188,9 @@ def trained_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 def saved_weights(model: PeftModel) -> dict[str, Tensor]:
-    """What ``save_pretrained`` writes: a tensor under each of its names. By itself it would ask for the base model too,
-    which may be in shards."""
-    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    """What ``save_pretrained`` writes: a tensor under each of its names, on the CPU. By itself it would ask for the
+    base model too, which may be in shards; and tensors that are parts of one it would copy where they are."""
+    import torch
+
+    return {name: torch.from_numpy(p.detach().cpu().numpy())
+            for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}

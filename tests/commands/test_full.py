@@ -160,6 +160,25 @@ def test_what_has_changed_is_told_of_what_is_saved(cli, tiny, data, tmp_path):
     assert result.json["summary"]["adapter_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
+def test_nothing_is_copied_to_be_saved(cli, prepared, monkeypatch):
+    """PEFT copies what is a part of another tensor, as all weights are; but for the head, which is the embedding."""
+    from peft import peft_model
+
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    save, file, there, copied = GemmaTrainer._save, peft_model.safe_save_file, set(), []
+
+    def saving(self, *given):
+        there.update(p.data_ptr() for p in self._trainable())
+        return save(self, *given)
+
+    monkeypatch.setattr(GemmaTrainer, "_save", saving)
+    monkeypatch.setattr(peft_model, "safe_save_file", lambda tensors, *given, **how: copied.append(
+        [name for name, tensor in tensors.items() if tensor.data_ptr() not in there]) or file(tensors, *given, **how))
+    assert cli("train", *LEARN, "--full").code == 0
+    assert len(copied) > 2 and all(len(names) == 1 for names in copied), copied[0]
+
+
 @pytest.mark.parametrize("flags", [("--full",), ("--modules-to-save", "embed_tokens,norm", "--rank", 4)], ids=["full", "some"])
 def test_interrupted_it_goes_on_to_the_same_weights(cli, prepared, monkeypatch, flags):
     assert cli("train", *LEARN, *flags).code == 0
