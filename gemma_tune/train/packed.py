@@ -136,12 +136,13 @@ def packed_if_faster(trainer: Any, padded: CapturedSteps, tokens: int, padding: 
     if before is None:
         return None
     after, others = _tried(trainer, steps, part)
-    # A number that is not finite compares as false.
-    if after is None or not (after - before).norm() <= TOLERANCE * before.norm():
+    # In place: of all weights, gradients take as much as the weights. A number that is not finite compares as false.
+    apart = None if after is None else after.sub_(before).norm()
+    if apart is None or not apart <= TOLERANCE * before.norm():
         steps.forget()
-        if after is not None:
+        if apart is not None:
             trainer.listener.note("rows are not packed: their gradients would differ by "
-                                  f"{((after - before).norm() / before.norm()).item():.1%}")
+                                  f"{(apart / before.norm()).item():.1%}")
         return None
     seconds = min(seconds, padded.seconds_of(part, *trainer.weights(1)))  # the first time found everything cold
     trainer.gradients.clear()

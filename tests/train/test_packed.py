@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands.test_preferences import log
+from torch.utils._python_dispatch import TorchDispatchMode
 from train.test_captured import KINDS, WAITING, Told, adapted, on_gpu, weights
 from train.test_captured_units import Uncaptured
 from train.test_summed_loss import conversations, small
@@ -232,6 +233,37 @@ def test_packing_that_teaches_something_else_is_not_taken(cli, tiny, uneven, cap
     result = cli(*TRAIN)
     assert result.code == 0 and "rows are not packed: their gradients would differ by" in result.err
     assert "steps are captured in" in result.err
+
+
+class Copies(TorchDispatchMode):
+    """Counts the new tensors of a size."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.made = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.size and func._schema.returns[0].alias_info is None:
+            self.made.append(str(func))
+        return out
+
+
+def test_no_more_than_two_gradients_are_there_to_be_compared(cli, tiny, uneven, captured_here, monkeypatch):
+    """Of all weights each has four bytes for a weight; the optimiser, which will have eight, has none yet."""
+    found, tried = [], packed.packed_if_faster
+
+    def watched(trainer, *given):
+        with Copies(sum(weight.numel() for weight in trainer.gradients.weights)) as copies:
+            result = tried(trainer, *given)
+        found.append(copies.made)
+        return result
+
+    monkeypatch.setattr("gemma_tune.train.first_batch.packed_if_faster", watched)
+    assert cli("prepare", uneven, "--model", tiny, "--valid", 4).code == 0
+    result = cli(*TRAIN)
+    assert result.code == 0 and "rows are packed: padding" in result.err
+    assert [len(made) for made in found] == [2], found
 
 
 def test_gradients_that_are_not_finite_are_not_the_same(cli, tiny, uneven, captured_here, monkeypatch):
