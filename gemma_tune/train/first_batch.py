@@ -120,7 +120,10 @@ class FirstBatch:
         pictured = self._capture_pictures(steps.pool)
         if not buckets.counts and pictured is None:
             return
-        self.captured = steps
+        self.captured, pool = steps, steps.pool
+        # Its backward pass keeps what evaluations need not. Packing is tried in that memory as well.
+        pool.first = max((some for some in (steps, pictured) if some is not None and some.buckets.counts),
+                         key=lambda some: some.buckets.largest.rows * some.buckets.largest.length)
         if buckets.counts:
             padding, by_itself = buckets.fit(shapes, tokens)
             packed = packed_if_faster(self, steps, tokens, padding)
@@ -128,10 +131,8 @@ class FirstBatch:
                 self.listener.note(buckets.described(padding, by_itself, len(shapes)))
             else:
                 self.captured = packed
+                pool.first = packed if pool.first is steps else pictured
         self.captured.beside = pictured
-        # Its backward pass keeps what evaluations need not.
-        steps.pool.first = max((some for some in (self.captured, pictured) if some is not None and some.buckets.counts),
-                               key=lambda some: some.buckets.largest.rows * some.buckets.largest.length)
         self._capture_evaluations()
 
     def _capture_pictures(self, pool: Pool) -> CapturedSteps | None:

@@ -20,7 +20,7 @@ from gemma_tune.encoding.eye import pictures_of
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
-from gemma_tune.train import captured, looking, samples, stage
+from gemma_tune.train import captured, looking, packed, samples, stage
 from gemma_tune.train.captured_pictures import LearnedPictures
 from gemma_tune.train.effect import ROWS
 from gemma_tune.train.trainer import GemmaTrainer
@@ -475,6 +475,19 @@ def test_batches_with_and_without_pictures_are_captured_apart(cli, coloured, req
     assert "cannot be captured" not in done.err and Graph.replays > 10
     assert {*bodies} == {"steps", "(steps)", "steps with pictures", "(steps with pictures)"}
     same_figures(expected, log())
+
+
+def test_the_largest_is_captured_first_also_where_rows_of_text_are_tried_packed(cli, coloured, request, monkeypatch):
+    """A pool of memory gives nothing back: what is larger would be taken beside what is there."""
+    names = sorted(path.name for path in (RUN / "data" / "pictures").iterdir())
+    words = [row("4.", question="2 + 2?") for n in range(24)]
+    prepare(Path("seer"), RUN, [row(c, n) for c, n in zip([*COLOURS] * 3, names)] + words, words[:2])
+    request.getfixturevalue("as_on_a_gpu")
+    monkeypatch.setattr(packed, "PADDED_TOO_MUCH", -1)
+    bodies = captured_bodies(monkeypatch)
+    done = cli("train", *QUICK, "--epochs", 3)
+    assert done.code == 0, done.err
+    assert bodies[0] == "steps with pictures" and "steps" in bodies
 
 
 def test_what_cannot_be_captured_with_pictures_leaves_steps_of_text_alone(cli, coloured, request, monkeypatch):
