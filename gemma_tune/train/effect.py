@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gemma_tune.train.trainer import GemmaTrainer
 
 ROWS = 4  # that base and tuned logits are compared on
+_BLOCK = 8192  # rows of a weight that are compared at once
 _POSITIONS, _BEFORE = 16, 112  # learned tokens of each, and tokens that the model sees before them
 
 
@@ -89,8 +90,10 @@ def _start_of(base: Any, module: Any) -> list[torch.Tensor] | None:
 
 
 def _squared_distance(module: Any, before: Sequence[torch.Tensor]) -> float:
-    return sum(float(torch.linalg.vector_norm(now.float() - was.to(now.device).float()).square())
-               for now, was in zip(_weights(module), before))
+    """A block of rows at a time: a vocabulary's embedding in fp32 is as large as the rest of a small model."""
+    return sum(float(torch.linalg.vector_norm(part.float() - like.to(part.device).float()).square())
+               for now, was in zip(_weights(module), before)
+               for part, like in zip(now.split(_BLOCK), was.split(_BLOCK)))
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
