@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +59,18 @@ def said_of_rest(model: PreTrainedModel, config: TrainConfig) -> list[str]:
     return said_of_left(model) if config.full else not_adapted(model, config.target_modules)
 
 
+def named_layers(layers: Sequence[str], parameters: Sequence[str]) -> list[str] | str:
+    """PEFT's ``target_modules`` of an adapter on these layers, and on these parameters of experts."""
+    return [*layers] if layers or parameters else NO_LAYER
+
+
 def lora_config(config: TrainConfig, targets: Targets, **patterns: Any) -> LoraConfig:
     """PEFT's settings of a training; ``patterns`` are ranks and alphas of single layers."""
     from peft import LoraConfig
 
-    chosen = targets.layers if targets.layers or targets.parameters else NO_LAYER
     return LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
-                      use_dora=config.dora, target_modules=chosen, target_parameters=targets.parameters or None,
+                      use_dora=config.dora, target_modules=named_layers(targets.layers, targets.parameters),
+                      target_parameters=targets.parameters or None,
                       modules_to_save=targets.whole or None, ensure_weight_tying=targets.tied,
                       task_type="CAUSAL_LM", **patterns)
 

@@ -11,7 +11,7 @@ from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.files import new_directory
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.lora.layers import TOWERS, saved_weights
-from gemma_tune.lora.targets import NO_LAYER
+from gemma_tune.lora.targets import named_layers
 from gemma_tune.lora.whole import copies_in
 from gemma_tune.run.session import Session
 
@@ -86,11 +86,10 @@ def _name_for_others(model: Any, session: Session) -> None:
     short = {name.rsplit(".", 1)[-1] for name in chosen}
     same = sum(name.rsplit(".", 1)[-1] in short for name in names) == len(chosen)
     # A sorted list: PEFT writes a set in another order each time, and the adapter's fingerprint would change.
-    peft_config.target_modules = sorted(short if same and not any(map(TOWERS.search, names)) else chosen)
-    if not chosen:
-        peft_config.target_modules = NO_LAYER
+    layers = sorted(short if same and not any(map(TOWERS.search, names)) else chosen)
+    parameters = _named_parameters(model, peft_config.target_parameters or ())
+    peft_config.target_modules, peft_config.target_parameters = named_layers(layers, parameters), parameters or None
     peft_config.modules_to_save = _named_modules(model, names)
-    peft_config.target_parameters = _named_parameters(model, peft_config.target_parameters or ()) or None
     peft_config.base_model_name_or_path = session.model.id
     peft_config.revision = session.model.revision
 

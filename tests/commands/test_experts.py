@@ -121,6 +121,16 @@ def test_experts_beside_layers_in_4_bits(cli, tmp_path):
     assert done(cli("merge", "--json")).json["summary"]["check_adapter_effect"] > 1e-2
 
 
+def test_an_adapter_on_experts_alone_is_called_one(cli, tmp_path):
+    """It has no layers, as all weights have none."""
+    prepared(cli, "qwen 3", tmp_path)
+    trained = done(cli("train", "--target-modules", "experts", *ASK[2:], "--max-steps", 4, "--json"))
+    config = json.loads((Path(trained.json["artifacts"]["adapter"]) / "adapter_config.json").read_text())
+    assert config["target_modules"] == [] and config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+    card = (Path(done(cli("merge", "--json")).json["artifacts"]["merged"]) / "README.md").read_text()
+    assert "- lora" in card and "full fine-tuning" not in card
+
+
 def test_nothing_is_loaded_where_experts_cannot_be_adapted(cli, tmp_path, monkeypatch):
     tokenizer = tokenizer_with_turns("tekken")
     own = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
