@@ -43,7 +43,7 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         return []
     out = left_out(model)
     linear = _linear(model) - out.keys()
-    leaves = sorted(set(map(_leaf, linear)))
+    leaves = sorted(set(map(leaf_of, linear)))
     reasons = _by_leaf(out)
     if refused := [w for w in wanted if w in reasons and w not in leaves]:
         raise UserError(f"--target-modules: {'; '.join(f'{w} {reasons[w]}' for w in refused)}",
@@ -54,7 +54,7 @@ def target_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
                         f"its linear layers are {', '.join(leaves)}"
                         + (f"; its experts are not among them: {_of_experts(model)}" if count_of(model) else ""))
     unasked = linear - routers(model)
-    chosen = sorted(name for name in linear if _leaf(name) in wanted) if wanted else sorted(unasked)
+    chosen = sorted(name for name in linear if leaf_of(name) in wanted) if wanted else sorted(unasked)
     if not chosen:
         raise UserError("the model has no linear layer that LoRA could adapt", "use another model")
     return chosen
@@ -94,12 +94,12 @@ def left_out(model: PreTrainedModel) -> dict[str, str]:
     """Full names of linear layers of the text model that are not adapted, and why, as the end of a sentence."""
     linear = sorted(_linear(model))
     mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBAS
-    one_of_each = {_leaf(name): name for name in linear}  # PEFT looks at the last name alone
+    one_of_each = {leaf_of(name): name for name in linear}  # PEFT looks at the last name alone
     experts = {leaf for leaf, name in one_of_each.items() if _taken_for_experts(model, name)}
     named = _of_experts(model) if experts else ""
     found = {}
     for name in linear:
-        leaf = _leaf(name)
+        leaf = leaf_of(name)
         if _has_a_way_of_its_own(model.get_submodule(name)):
             found[name] = "is a layer of its own kind, to which LoRA cannot be added"
         elif leaf in _READ_BESIDE:
@@ -121,7 +121,7 @@ def not_adapted(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     if (wanted := _of_layers(wanted)) is None:
         return []
     out = left_out(model) | ({} if wanted else dict.fromkeys(sorted(routers(model)), _CHOOSES))
-    there, not_there = Counter(map(_leaf, _linear(model))), Counter(map(_leaf, out))
+    there, not_there = Counter(map(leaf_of, _linear(model))), Counter(map(leaf_of, out))
     said = []
     for leaf, reason in _by_leaf(out).items():
         places = "" if not_there[leaf] == there[leaf] else f" in {not_there[leaf]} of {there[leaf]} places"
@@ -131,7 +131,7 @@ def not_adapted(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
 
 
 def _by_leaf(out: Mapping[str, str]) -> dict[str, str]:
-    return {_leaf(name): reason for name, reason in out.items()}
+    return {leaf_of(name): reason for name, reason in out.items()}
 
 
 def _linear(model: PreTrainedModel) -> set[str]:
@@ -143,7 +143,8 @@ def _linear(model: PreTrainedModel) -> set[str]:
             if isinstance(module, torch.nn.Linear) and module is not head and not TOWERS.search(name)}
 
 
-def _leaf(name: str) -> str:
+def leaf_of(name: str) -> str:
+    """The last name of a module."""
     return name.rsplit(".", 1)[-1]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, nearest
 from gemma_tune.lora.experts import count_of
-from gemma_tune.lora.layers import TOWERS, left_out
+from gemma_tune.lora.layers import TOWERS, leaf_of, left_out
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -68,21 +68,21 @@ def whole_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     if not wanted:
         return []
     there = trainable_modules(model)
-    leaves = sorted({_leaf(name) for name in there})
+    leaves = sorted({leaf_of(name) for name in there})
     wanted = [*dict.fromkeys(_as_one(model, name) for name in wanted)]
     if unknown := [name for name in wanted if name not in leaves]:
         guess = "".join(f" (did you mean {name}?)" for name in nearest(unknown[0], leaves))
-        held = {_leaf(name) for name, _ in _holders(model)}
+        held = {leaf_of(name) for name, _ in _holders(model)}
         what = "what is not trained as a whole here" if {*unknown} <= held else "what the model does not have"
         raise UserError(f"--modules-to-save names {what}: {', '.join(unknown)}{guess}",
                         f"modules that can be trained as a whole are {', '.join(leaves)}")
-    return [name for name in there if _leaf(name) in wanted]
+    return [name for name in there if leaf_of(name) in wanted]
 
 
 def _as_one(model: PreTrainedModel, wanted: str) -> str:
     """The embedding's last name where the head is wanted, which is the same tensor."""
     modules = dict(model.named_modules())
-    head, words = (next((_leaf(name) for name, module in modules.items() if module is end), wanted)
+    head, words = (next((leaf_of(name) for name, module in modules.items() if module is end), wanted)
                    for end in (model.get_output_embeddings(), model.get_input_embeddings()))
     return words if is_tied(model) and wanted == head else wanted
 
@@ -109,7 +109,7 @@ def left_whole(model: PreTrainedModel) -> dict[str, int]:
     for name, module in _holders(model):
         count = sum(p.numel() for p in module.parameters(recurse=False) if id(p) not in known)
         if count:
-            left[_leaf(name)] = left.get(_leaf(name), 0) + count
+            left[leaf_of(name)] = left.get(leaf_of(name), 0) + count
     return left
 
 
@@ -141,7 +141,3 @@ def put_back(model: Any) -> None:
     for name, (base, _) in copies_in(model).items():
         holder, _, last = f"base_model.model.{name}".rpartition(".")
         setattr(model.get_submodule(holder), last, base)
-
-
-def _leaf(name: str) -> str:
-    return name.rsplit(".", 1)[-1]

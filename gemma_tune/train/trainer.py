@@ -78,9 +78,9 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         # which a captured step cannot wait for.
         prepare = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.accelerator.prepare_model = lambda *args, **kwargs: self._settled(prepare(*args, **kwargs))
+        self.whole = train_whole(self.model)  # makes its own wide, from the base's
         for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
             parameter.data = parameter.data.float()
-        self.whole = train_whole(self.model)
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
         self.rate, self.trained, self.row_names, self.shown = rate, trained, row_names, shown
         self.tokens_seen = 0  # of all processes, in the steps of this command

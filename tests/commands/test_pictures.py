@@ -460,11 +460,16 @@ def test_a_training_on_pictures_is_captured_and_the_same(cli, coloured, request,
     assert found[-1]["eval_loss"] < 0.5 * found[0]["eval_loss"] and len(names) == PICTURES
 
 
-def test_batches_with_and_without_pictures_are_captured_apart(cli, coloured, request, looked, monkeypatch):
-    """The same figures as without captured steps."""
+def prepare_beside_text() -> None:
+    """Rows about colours, and rows of text alone."""
     names = sorted(path.name for path in (RUN / "data" / "pictures").iterdir())
     words = [row(f"It is {n}.", question=f"What is {n} and nothing, please? " + "And so on. " * 3) for n in range(24)]
     prepare(Path("seer"), RUN, [row(c, n) for c, n in zip([*COLOURS] * 3, names)] + words, words[:6] + [row("red", names[0])])
+
+
+def test_batches_with_and_without_pictures_are_captured_apart(cli, coloured, request, looked, monkeypatch):
+    """The same figures as without captured steps."""
+    prepare_beside_text()
     flags = ("train", *QUICK, "--epochs", 3, "--force")
     assert cli(*flags).code == 0
     expected = log()
@@ -492,9 +497,7 @@ def test_the_largest_is_captured_first_also_where_rows_of_text_are_tried_packed(
 
 def test_what_cannot_be_captured_with_pictures_leaves_steps_of_text_alone(cli, coloured, request, monkeypatch):
     """Something looks at a number where there are pictures, which CUDA breaks a capture off for."""
-    names = sorted(path.name for path in (RUN / "data" / "pictures").iterdir())
-    words = [row(f"It is {n}.", question=f"What is {n} and nothing, please? " + "And so on. " * 3) for n in range(24)]
-    prepare(Path("seer"), RUN, [row(c, n) for c, n in zip([*COLOURS] * 3, names)] + words, words[:6] + [row("red", names[0])])
+    prepare_beside_text()
     command = ("train", *QUICK, "--epochs", 3, "--force")
     assert cli(*command).code == 0
     expected = log()

@@ -58,6 +58,28 @@ def bucket_of(parts, room: int = 0) -> Bucket:
     return Bucket(max(len(p["lengths"]) for p in parts), max(p["input_ids"].shape[1] for p in parts) + room, trained + room)
 
 
+def nothing_of_the_cpu(body, model, bucket: Bucket, size) -> list[str]:
+    """The operations of a step on a device that holds no numbers, where the model is moved, after which nothing of the
+    CPU was asked for."""
+    model = model.to(THERE)
+    _ = Gradients(weights(model), fixed=True)
+    with fast_layers(model), computing_there() as operations:
+        loss = body.loss(there(size, torch.int32), bucket, there(2))
+        loss.backward()
+    assert loss.shape == () and not operations.elsewhere
+    return operations.names
+
+
+def the_same_and_none_waits(body, model, parts, bucket: Bucket, factors=(1 / 7, 0)) -> tuple[list[str], Gradients]:
+    """The operations of each piece, which are those of the others and wait for nothing; and what they were added to."""
+    gradients = Gradients(weights(model), fixed=True)
+    with fast_layers(model):
+        found = operations_of(body, parts, bucket, torch.tensor(factors))
+    assert all(names == found[0] for names in found) and len(found[0]) > 100
+    assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
+    return found[0], gradients
+
+
 def with_adapted_experts(dtype: torch.dtype = torch.float32):
     model = small("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32).to(dtype)
     install_summed_loss(model)
@@ -73,21 +95,16 @@ def with_adapted_experts(dtype: torch.dtype = torch.float32):
 def test_a_step_of_adapted_experts_needs_no_number_and_nothing_of_the_cpu():
     part = collate(conversations())
     bucket = bucket_of([part], room=3)
-    size, model = filled(part, bucket).shape, with_adapted_experts(torch.bfloat16).to(THERE)
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model), computing_there() as operations:
-        LearnedTokens(model).loss(there(size, torch.int32), bucket, there(2)).backward()
-    assert sum("grouped_mm" in name for name in operations.names) > 12 and not operations.elsewhere
+    model = with_adapted_experts(torch.bfloat16)
+    names = nothing_of_the_cpu(LearnedTokens(model), model, bucket, filled(part, bucket).shape)
+    assert sum("grouped_mm" in name for name in names) > 12
 
 
 def test_batches_that_go_through_other_experts_are_the_same_operations_and_none_waits():
     model, parts = with_adapted_experts(), [collate(conversations()), collate(conversations()[1:])]
     bucket = bucket_of(parts, room=2)
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model):
-        found = operations_of(LearnedTokens(model), parts, bucket, torch.tensor([1 / 7, 0]))
-    assert found[0] == found[1] and any("grouped_mm" in name for name in found[0])
-    assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
+    names, _ = the_same_and_none_waits(LearnedTokens(model), model, parts, bucket)
+    assert any("grouped_mm" in name for name in names)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,14 +127,7 @@ def test_a_piece_padded_to_its_bucket_teaches_the_same(kind):
 def test_a_step_needs_no_number_and_nothing_of_the_cpu(kind):
     model, part = adapted(kind), collate(conversations())
     bucket = bucket_of([part], room=3)
-    size = filled(part, bucket).shape
-    model = model.to(THERE)
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model), computing_there() as operations:
-        loss = LearnedTokens(model).loss(there(size, torch.int32), bucket, there(2))
-        loss.backward()
-    assert loss.shape == () and len(operations.names) > 500
-    assert not operations.elsewhere
+    assert len(nothing_of_the_cpu(LearnedTokens(model), model, bucket, filled(part, bucket).shape)) > 500
 
 
 def test_what_a_capture_could_not_hold_is_noticed():
@@ -137,12 +147,7 @@ def test_what_a_capture_could_not_hold_is_noticed():
 def test_two_batches_of_a_bucket_are_the_same_operations_and_none_waits():
     model = adapted("gemma3")
     parts = [collate(conversations()), collate(conversations()[1:])]
-    bucket = bucket_of(parts, room=2)
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model):
-        found = operations_of(LearnedTokens(model), parts, bucket, torch.tensor([1 / 7, 0]))
-    assert found[0] == found[1] and len(found[0]) > 100
-    assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
+    the_same_and_none_waits(LearnedTokens(model), model, parts, bucket_of(parts, room=2))
 
 
 def test_the_optimisers_step_waits_for_nothing(cli, tiny, data, monkeypatch):

@@ -3,7 +3,6 @@ reads the pictures of its own piece."""
 
 from __future__ import annotations
 
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from answers.test_eyes import pictures, seers  # noqa: F401 - fixtures
 from peft import get_peft_model
-from train.test_captured import WAITING, on_gpu, weights
+from train.test_captured import nothing_of_the_cpu, on_gpu, the_same_and_none_waits, weights
 from train.test_looking import ALL, FP32, Rows, of  # noqa: F401 - a fixture
 
 from gemma_tune.config.stages import TrainConfig
@@ -26,7 +25,6 @@ from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.summed_loss import install_summed_loss
 from gemma_tune.train.trainer import GemmaTrainer
 from gemma_tune.train.whole import train_whole
-from support.another_device import THERE, computing_there, operations_of, there
 from support.graphs import install
 from support.listener import Said
 
@@ -100,14 +98,7 @@ def test_a_step_needs_no_number_and_nothing_of_the_cpu(of, family):  # noqa: F81
     model = rows.tuned()
     body = body_of(rows, model)
     bucket = bucket_of(body, parts_of(rows))
-    size = body.size(bucket)
-    model = model.to(THERE)
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model), computing_there() as operations:
-        loss = body.loss(there(size, torch.int32), bucket, there(2))
-        loss.backward()
-    assert loss.shape == () and len(operations.names) > 300
-    assert not operations.elsewhere
+    assert len(nothing_of_the_cpu(body, model, bucket, body.size(bucket))) > 300
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -115,11 +106,7 @@ def test_pieces_of_a_bucket_are_the_same_operations_and_none_waits(of, family): 
     rows = of(family)
     model = rows.tuned()
     body, parts = body_of(rows, model), parts_of(rows)
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model):
-        found = operations_of(body, parts, bucket_of(body, parts), torch.tensor([1 / 7, 0]))
-    assert len(found[0]) > 100 and all(names == found[0] for names in found)
-    assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
+    the_same_and_none_waits(body, model, parts, bucket_of(body, parts))
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
 from commands.test_preferences import log, pairs
-from train.test_captured import WAITING, Told, adapted, on_gpu, weights
+from train.test_captured import Told, adapted, nothing_of_the_cpu, on_gpu, the_same_and_none_waits, weights
 from train.test_preference_loss import Sequences
 
 from gemma_tune.config.stages import TrainConfig
@@ -21,7 +19,7 @@ from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
 from gemma_tune.train.units import PAIR, Units, collate_units
-from support.another_device import THERE, computing_there, operations_of, there
+from support.another_device import THERE
 from support.command import write_rows
 
 METHODS = {"dpo": {"method": "dpo"}, "dpo with the answers' own loss": {"method": "dpo", "sft_weight": 0.3},
@@ -86,13 +84,7 @@ def test_a_step_of_units_needs_no_number_and_nothing_of_the_cpu(settings):
     body, units = learning(model, settings, THERE)
     part = part_of(units, range(2))
     bucket = Bucket(*body.shape(part))
-    size = body.filled(part, bucket).shape
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model), computing_there() as operations:
-        loss = body.loss(there(size, torch.int32), bucket, there(2))
-        loss.backward()
-    assert loss.shape == () and len(operations.names) > 500
-    assert not operations.elsewhere
+    assert len(nothing_of_the_cpu(body, model, bucket, body.filled(part, bucket).shape)) > 500
 
 
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
@@ -101,11 +93,7 @@ def test_two_batches_of_units_are_the_same_operations_and_none_waits(settings):
     body, units = learning(model, settings)
     parts = [part_of(units, (0, 2)), part_of(units, (3,))]
     bucket = Bucket(*np.max([body.shape(part) for part in parts], 0).tolist())
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model):
-        found = operations_of(body, parts, bucket, torch.tensor(FACTORS))
-    assert found[0] == found[1] and len(found[0]) > 100
-    assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
+    the_same_and_none_waits(body, model, parts, bucket, FACTORS)
 
 
 @on_gpu

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 import transformers as T
 from peft import get_peft_model
-from train.test_captured import WAITING, bucket_of, weights
+from train.test_captured import bucket_of, nothing_of_the_cpu, the_same_and_none_waits, weights
 from train.test_summed_loss import SMALL, conversations
 
 from gemma_tune.config.stages import TrainConfig
@@ -17,12 +16,11 @@ from gemma_tune.lora.targets import lora_config, targets_of
 from gemma_tune.lora.whole import copies_in, put_back
 from gemma_tune.train.batches import collate
 from gemma_tune.train.captured import LearnedTokens, filled
-from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.summed_loss import install_summed_loss
 from gemma_tune.train.trainer import GemmaTrainer
 from gemma_tune.train.whole import train_whole
-from support.another_device import THERE, computing_there, operations_of, there
+from support.another_device import THERE
 
 WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
@@ -177,20 +175,12 @@ def test_a_step_needs_no_number_and_nothing_of_the_cpu(settings):
     size = filled(part, bucket).shape
     model = model.to(THERE)
     train_whole(model)
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model), computing_there() as operations:
-        LearnedTokens(model).loss(there(size, torch.int32), bucket, there(2)).backward()
-    assert len(operations.names) > 300 and not operations.elsewhere
+    assert len(nothing_of_the_cpu(LearnedTokens(model), model, bucket, size)) > 300
 
 
 def test_two_batches_of_a_bucket_are_the_same_operations_and_none_waits():
     model, _ = whole(base_of("gemma3", torch.float32), full=True)
     parts = [collate(conversations()), collate(conversations()[1:])]
-    bucket = bucket_of(parts, room=2)
-    gradients = Gradients(weights(model), fixed=True)
-    with fast_layers(model):
-        found = operations_of(LearnedTokens(model), parts, bucket, torch.tensor([1 / 7, 0]))
-    assert found[0] == found[1] and len(found[0]) > 100
-    assert not [name for name in found[0] if any(word in name for word in WAITING)], Counter(found[0])
+    _, gradients = the_same_and_none_waits(LearnedTokens(model), model, parts, bucket_of(parts, room=2))
     for weight, place in zip(gradients.weights, gradients.parts(gradients.as_one)):
         assert weight.grad.data_ptr() == place.data_ptr(), "where a captured step adds to"
