@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_tune.answers.lengths import read_before
+from gemma_tune.answers.routing import by_token
 from gemma_tune.base.capturing import capturing
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
@@ -339,8 +340,9 @@ class Decoder:
         return larger
 
     def _logits(self, model: Any) -> Any:
-        out = model(input_ids=self.token, attention_mask=self.mask, position_ids=self.position,
-                    past_key_values=self.cache, use_cache=True, **self._last)
+        with by_token(base_of(model), len(self.token)):
+            out = model(input_ids=self.token, attention_mask=self.mask, position_ids=self.position,
+                        past_key_values=self.cache, use_cache=True, **self._last)
         return self._usable(out.logits[:, -1])
 
     def _greedy_step(self, model: Any) -> Any:

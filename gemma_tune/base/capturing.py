@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # Graphs whose capture CUDA broke off, with their pools: PyTorch's allocators may still ask them whose turn it is.
 _broken_off: dict[Any, Any] = {}
@@ -40,6 +43,16 @@ def capturing(pool: Any = None) -> Iterator[Any]:
 def is_closed(pool: Any) -> bool:
     """Whether PyTorch refuses to capture into a pool, as it does once CUDA has broken a capture off there."""
     return pool in _broken_off.values()
+
+
+def grouped_products_wait(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products by expert look on the CPU at how many tokens each has, so that a GPU is waited for and
+    nothing can be captured: all but those in bf16 of compute capability 9 and 10 do (``_grouped_mm_cuda`` in
+    ``aten/src/ATen/native/cuda/GroupedBlas.cpp``)."""
+    import torch
+
+    fast = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return device.type == "cuda" and not fast
 
 
 def _end(graph: Any, pool: Any) -> None:

@@ -92,6 +92,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
     quiet_libraries()
     with keeping_garbage():
         from transformers import AutoConfig
+
+        from gemma_tune.models.cutoffs import with_cutoffs
     extra = _where_and_how(config, placement, four_bit, shards)
     attention = attention_of(config.get("model_type", ""), towers=isinstance(config.get("text_config"), dict))
     try:
@@ -105,7 +107,7 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         if not four_bit and shards == 1:
             model = model.to(placement.device)
         _settle(model, config, placement)
-        with_decoder(model)
+        with_cutoffs(with_decoder(model))
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_row_after_row)
     except ImportError as e:

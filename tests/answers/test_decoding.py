@@ -10,15 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gemma_tune.answers import decoding
+from gemma_tune.answers import decoding, routing
 from gemma_tune.answers.generation import continuations, greedy_continuations
 from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.stream import Stream
+from gemma_tune.base.capturing import grouped_products_wait
 from gemma_tune.base.errors import UserError
 from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import Placement
-from support.another_device import THERE, computing_there, there
+from support.another_device import THERE, Operations, computing_there, there
 from support.gemmas import FAMILIES, make_family
 from support.graphs import Graph, install
 from support.llamas import make_llama
@@ -373,9 +374,15 @@ def test_a_capture_that_is_broken_off_leaves_nothing_behind(model, monkeypatch):
     assert not captures.underway and not sum(captures.pools.values())
 
 
-def test_a_step_needs_no_number_and_nothing_of_the_cpu(model):
+def loaded(family: str, folder, device: str, dtype: torch.dtype):
+    make_family(family, folder)
+    return load_model(folder, Placement(device, dtype, "test")).eval()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma4-small", "gemma4-experts"])
+def test_a_step_needs_no_number_and_nothing_of_the_cpu(family, tmp_path):
     """What is captured on a GPU: the step that chooses the best token, and the one whose logits are drawn from."""
-    model.to(THERE)
+    model = loaded(family, tmp_path, "cpu", torch.bfloat16).to(THERE)
     with torch.inference_mode(False), torch.no_grad(), computing_there() as operations:
         decoder = decoding.Decoder(model, 2, 64)
         ids = there((2, 9), torch.long)
@@ -387,6 +394,27 @@ def test_a_step_needs_no_number_and_nothing_of_the_cpu(model):
         decoder.step(model, decoding.chooser(drawing, torch.ones_like(ids)), False)
     assert not operations.elsewhere and len(operations.names) > 200
     assert not any("multinomial" in name for name in operations.names), "on CUDA it is waited for"
+
+
+def test_experts_whose_products_would_wait_are_taken_token_by_token(tmp_path, monkeypatch):
+    """As in fp32, and on a GPU without a kernel for them."""
+    model = loaded("gemma4-experts", tmp_path, "cpu", torch.float32)
+    expected = theirs(model, PROMPTS[:1])
+    monkeypatch.setattr(routing, "grouped_products_wait", lambda device, dtype: True)
+    with Operations() as operations:
+        assert ours(model, PROMPTS[:1]) == expected
+    layers = sum(type(module).__name__ == "Gemma4TextExperts" for module in model.modules())
+    assert sum("grouped_mm" in name for name in operations.names) == 2 * layers > 0, "of the prompt alone"
+    assert model.config.get_text_config()._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize(("dtype", "capability", "waits"), [
+    (torch.bfloat16, (9, 0), False), (torch.bfloat16, (10, 0), False), (torch.float32, (9, 0), True), (torch.bfloat16, (8, 0), True),
+    (torch.bfloat16, (12, 0), True)])
+def test_which_products_by_expert_wait(monkeypatch, dtype, capability, waits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert grouped_products_wait(torch.device("cuda"), dtype) == waits
+    assert not grouped_products_wait(torch.device("cpu"), dtype)
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------
@@ -418,8 +446,9 @@ def test_captured_ids_are_those_made_without(on_gpu, chosen):
 @gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captured_ids_of_every_gemma(family, tmp_path):
-    model = make_family(family, tmp_path).cuda()
-    assert ours(model, limit=40, capture=False) == ours(model, limit=40)
+    model = loaded(family, tmp_path, "cuda", torch.float32)
+    prompts = PROMPTS[:1] if family == "gemma4-experts" else PROMPTS  # of more its products wait in fp32
+    assert ours(model, prompts, limit=40, capture=False) == ours(model, prompts, limit=40)
     assert decoding._kept[model][-1].replays and model not in decoding._given_up, decoding._given_up.get(model)
 
 

@@ -137,8 +137,11 @@ def test_what_a_capture_could_not_hold_is_noticed():
         x = there((3, 7)).requires_grad_()
         (x * 2.5 + torch.tensor(1.0)).sum().backward()
         assert not operations.elsewhere
-        x + table.to(THERE)
-        assert operations.elsewhere
+        for copied in (lambda: x + table.to(THERE), lambda: x * torch.tensor(2.5).to(THERE), lambda: torch.tensor(2.5, device=THERE),
+                       lambda: x.new_tensor([2.5]), lambda: torch.where(x > 0, x, torch.tensor(0.0))):
+            operations.elsewhere.clear()
+            copied()
+            assert operations.elsewhere
         for wrong in (lambda: x + table, lambda: x.sum().item(), lambda: x[x > 0]):
             with pytest.raises(RuntimeError):
                 wrong()
