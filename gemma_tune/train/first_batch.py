@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from gemma_tune.base.at_most import TookTooLong, at_most
+from gemma_tune.base.capturing import grouped_products_wait
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.finite import not_finite
 from gemma_tune.base.words import first_line, span
+from gemma_tune.lora.experts import count_of
 from gemma_tune.train import processes
 from gemma_tune.train.batches import SortedBatches
 from gemma_tune.train.buckets import Buckets, costs_of, pieces_of, shapes_of_pieces
@@ -108,6 +110,9 @@ class FirstBatch:
             return "CUDA graphs need a CUDA GPU"
         if self.args.fp16:
             return "in fp16 the loss scaler has to look at each step's gradients"
+        if count_of(self.causal_lm) and grouped_products_wait(self.accelerator.device, self.causal_lm.dtype):
+            return ("PyTorch's products by expert wait for the GPU here: they are one kernel in bf16 on compute "
+                    "capability 9 and 10")
         if any("dynamic" in str(getattr(m, "rope_type", "")) for m in self.causal_lm.modules()):
             return "the model's rotations depend on how long rows are"
         return "with --strategy fsdp the processes gather weights within a step" if self.sharded else None

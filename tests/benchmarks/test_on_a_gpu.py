@@ -21,6 +21,7 @@ from gemma_tune.train.packed import PADDED_TOO_MUCH
 sys.path.insert(0, str(Path(__file__).parent))
 
 import on_a_gpu  # noqa: E402
+import on_a_gpu_parts  # noqa: E402
 from on_a_gpu_parts import Bench, Failed, Part, Training, speed  # noqa: E402
 
 
@@ -111,6 +112,28 @@ def test_without_the_demo_its_shape_takes_its_place(tmp_path, installed, tokeniz
     assert [command[3:] for command in asked] == ([] if installed else [[bench.model, "gemma3-270m", *filter(None, [tokenizer])]])
     answer = json.loads(bench.rows("usual").read_text().splitlines()[1])["messages"][1]["content"]
     assert len(answer.removesuffix(" (1)").split()) == 2 + words
+
+
+WRONG = {"def test_it():\n    assert False": "test_wrong.py::test_it", "import no_such_module": "test_wrong.py"}
+
+
+@pytest.mark.parametrize("wrong", ["", *WRONG])
+def test_tests_that_fail_are_named(tmp_path, wrong):
+    (tmp_path / "test_right.py").write_text("def test_it():\n    pass")
+    (tmp_path / "test_wrong.py").write_text(wrong)
+    bench = Bench(tmp_path, None, small=True, machine={"cores": 2, "cuda": False})
+
+    def run(command):
+        words = [word for word in map(str, command) if not word.startswith("tests/")]
+        done = subprocess.run([*words, "."], cwd=tmp_path, capture_output=True, text=True)
+        if done.returncode:
+            raise Failed(f"exit status {done.returncode}", done.stdout, done.stderr)
+        return done.stdout, done.stderr
+
+    bench.run = run
+    on_a_gpu_parts.suite(bench)
+    assert bench.checks == {"all tests pass": not wrong}
+    assert bench.figures.get("all tests pass: instead") == ([WRONG[wrong]] if wrong else None)
 
 
 def test_why_a_training_was_left_out_is_told(tmp_path):

@@ -158,10 +158,22 @@ def test_what_was_captured_stays_where_another_capture_is_broken_off(cuda):
     assert steps.run(part(32), 1.0) and sum(cuda.pools.values()) == 3
 
 
+def trainer_of(model) -> SimpleNamespace:
+    return SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda")), args=SimpleNamespace(fp16=False),
+                           causal_lm=model, sharded=False)
+
+
 @pytest.mark.parametrize(("rope", "told"), [({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, True),
                                             ({"rope_type": "default", "rope_theta": 1e4}, False)])
 def test_rotations_that_look_at_the_lengths_are_not_tried(rope, told):
     model = small("Llama", rope_parameters=rope, max_position_embeddings=64)
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda")), args=SimpleNamespace(fp16=False),
-                              causal_lm=model, sharded=False)
+    trainer = trainer_of(model)
     assert bool(FirstBatch._why_not_captured(trainer)) == told
+
+
+@pytest.mark.parametrize(("dtype", "told"), [(torch.float32, "wait for the GPU here"), (torch.bfloat16, None)])
+def test_experts_whose_products_wait_are_not_tried(monkeypatch, dtype, told):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model = small("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32).to(dtype)
+    trainer = trainer_of(model)
+    assert told in FirstBatch._why_not_captured(trainer) if told else FirstBatch._why_not_captured(trainer) is None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands.test_preferences import log
 from torch.utils._python_dispatch import TorchDispatchMode
-from train.test_captured import KINDS, WAITING, Told, adapted, on_gpu, weights
+from train.test_captured import KINDS, Told, adapted, nothing_of_the_cpu, on_gpu, the_same_and_none_waits, weights
 from train.test_captured_units import Uncaptured
 from train.test_summed_loss import conversations, small
 
@@ -25,7 +25,6 @@ from gemma_tune.train.gradients import Gradients
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.packed import PackedTokens, packed_shapes, unpackable
 from gemma_tune.train.trainer import GemmaTrainer
-from support.another_device import THERE, computing_there, operations_of, there
 from support.command import write_rows
 
 SDPA = [kind for kind in KINDS if "capped" not in kind]
@@ -107,15 +106,10 @@ def test_every_row_is_a_row_of_the_kernel_and_none_is_empty():
 def test_a_packed_step_needs_no_number_and_nothing_of_the_cpu(kind, monkeypatch):
     monkeypatch.setattr(kernels, "causal_attention_or", fastest_attention_or)
     model, part = adapted(kind), collate(conversations())
-    body = PackedTokens(model.to(THERE), rows=6)
+    body = PackedTokens(model, rows=6)
     bucket = bucket_for(body, part, room=3)
-    size = body.filled(part, bucket).shape
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model), computing_there() as operations:
-        loss = body.loss(there(size, torch.int32), bucket, there(2))
-        loss.backward()
-    assert loss.shape == () and any("varlen_attn_backward" in name for name in operations.names)
-    assert not operations.elsewhere
+    names = nothing_of_the_cpu(body, model, bucket, body.filled(part, bucket).shape)
+    assert any("varlen_attn_backward" in name for name in names)
 
 
 def test_two_packed_batches_are_the_same_operations_and_none_waits(as_on_a_gpu):
@@ -123,11 +117,7 @@ def test_two_packed_batches_are_the_same_operations_and_none_waits(as_on_a_gpu):
     body, rows = PackedTokens(model, rows=4), conversations()
     parts = [collate(rows[:4]), collate(rows[1:3])]
     bucket = Bucket(*np.max([body.shape(part) for part in parts], 0).tolist())
-    _ = Gradients(weights(model), fixed=True)
-    with fast_layers(model):
-        found = operations_of(body, parts, bucket, torch.ones(2))
-    assert found[0] == found[1]
-    assert not [name for name in found[0] if any(word in name for word in WAITING)]
+    the_same_and_none_waits(body, model, parts, bucket)
 
 
 def test_shapes_are_those_of_the_pieces():

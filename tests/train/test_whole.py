@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as T
 from peft import get_peft_model
-from train.test_captured import bucket_of, nothing_of_the_cpu, the_same_and_none_waits, weights
+from train.test_captured import bucket_of, compare, nothing_of_the_cpu, on_gpu, the_same_and_none_waits, weights
 from train.test_summed_loss import SMALL, conversations
 
 from gemma_tune.config.stages import TrainConfig
@@ -184,3 +184,11 @@ def test_two_batches_of_a_bucket_are_the_same_operations_and_none_waits():
     _, gradients = the_same_and_none_waits(LearnedTokens(model), model, parts, bucket_of(parts, room=2))
     for weight, place in zip(gradients.weights, gradients.parts(gradients.as_one)):
         assert weight.grad.data_ptr() == place.data_ptr(), "where a captured step adds to"
+
+
+@on_gpu
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_captured_gradients_of_all_weights_are_those_of_the_eager_step(family):
+    """Also those of a head and an embedding, which are added by the backward pass itself."""
+    model, _ = whole(base_of(family, torch.bfloat16).to("cuda"), full=True)
+    compare(model, 3e-2)
