@@ -191,4 +191,4 @@ def test_two_batches_of_a_bucket_are_the_same_operations_and_none_waits():
 def test_captured_gradients_of_all_weights_are_those_of_the_eager_step(family):
     """Also those of a head and an embedding, which are added by the backward pass itself."""
     model, _ = whole(base_of(family, torch.bfloat16).to("cuda"), full=True)
-    compare(model, 3e-2)
+    compare(model, 5e-2)
