@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.layers import not_adapted, target_modules, target_parameters
 from gemma_tune.lora.whole import all_modules, is_tied, said_of_left, whole_modules
@@ -39,13 +41,33 @@ def targets_of(model: PreTrainedModel, config: TrainConfig) -> Targets:
     """What the settings of a training name.
 
     Raises:
-        UserError: the model does not have that, or it cannot be trained here.
+        UserError: the model does not have that, or it cannot be trained here; all of it together.
     """
     if config.full:
         return with_whole(model, [], [], all_modules(model))
-    whole = whole_modules(model, config.modules_to_save)
-    layers = [name for name in target_modules(model, config.target_modules) if name not in whole]
-    return with_whole(model, layers, target_parameters(model, config.target_modules), whole)
+    whole, layers, parameters = _all_found(
+        partial(whole_modules, model, config.modules_to_save, config.qlora),
+        partial(target_modules, model, config.target_modules), partial(target_parameters, model, config.target_modules))
+    return with_whole(model, [name for name in layers if name not in whole], parameters, whole)
+
+
+def _all_found(*ways: Callable[[], list[str]]) -> list[list[str]]:
+    """What each finds.
+
+    Raises:
+        UserError: what one of them says, or several.
+    """
+    found, problems = [], []
+    for find in ways:
+        try:
+            found.append(find())
+        except UserError as e:
+            problems.append(e)
+    if problems:
+        raise problems[0] if len(problems) == 1 else UserError(
+            "the model cannot be trained so", "; ".join(dict.fromkeys(e.hint for e in problems if e.hint)),
+            [e.message for e in problems])
+    return found
 
 
 def with_whole(model: PreTrainedModel, layers: list[str], parameters: list[str], whole: list[str]) -> Targets:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LINEAR, EMBEDDING, VECTORS = "linear", "embedding", "vectors"
+NEVER_PACKED = ("prediction_coefs", "correction_coefs")  # Gemma 3n writes into these weights
 _FEW = 0.01  # share of a model's weights that --full may leave as they were, such as those of a convolution
 
 
@@ -59,8 +60,11 @@ def is_tied(model: PreTrainedModel) -> bool:
     return head is not None and getattr(head, "weight", None) is getattr(words, "weight", None)
 
 
-def whole_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+def whole_modules(model: PreTrainedModel, wanted: Sequence[str], four_bit: bool = False) -> list[str]:
     """Full names of the modules whose last name is wanted.
+
+    Args:
+        four_bit: the model's linear layers get 4 bits when it is loaded.
 
     Raises:
         UserError: names that match nothing, with the names that there are, or modules that are not trained as a whole.
@@ -68,15 +72,28 @@ def whole_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
     if not wanted:
         return []
     there = trainable_modules(model)
+    packed = {leaf_of(name) for name in there if four_bit and _gets_four_bits(model, name)}
     leaves = sorted({leaf_of(name) for name in there})
     wanted = [*dict.fromkeys(_as_one(model, name) for name in wanted)]
-    if unknown := [name for name in wanted if name not in leaves]:
+    said, unknown = [], [name for name in wanted if name not in leaves]
+    if refused := [name for name in wanted if name in packed]:
+        said.append(f"linear layers, which --qlora keeps in 4 bits and LoRA adapts: {', '.join(refused)}")
+    if unknown:
         guess = "".join(f" (did you mean {name}?)" for name in nearest(unknown[0], leaves))
         held = {leaf_of(name) for name, _ in _holders(model)}
         what = "what is not trained as a whole here" if {*unknown} <= held else "what the model does not have"
-        raise UserError(f"--modules-to-save names {what}: {', '.join(unknown)}{guess}",
-                        f"modules that can be trained as a whole are {', '.join(leaves)}")
+        said.append(f"{what}: {', '.join(unknown)}{guess}")
+    if said:
+        beside = " beside --qlora" if packed else ""
+        raise UserError(f"--modules-to-save names {'; and '.join(said)}", "modules that can be trained as a whole"
+                        f"{beside} are {', '.join(name for name in leaves if name not in packed)}")
     return [name for name in there if leaf_of(name) in wanted]
+
+
+def _gets_four_bits(model: PreTrainedModel, name: str) -> bool:
+    module = model.get_submodule(name)
+    return (kind_of(module) == LINEAR and module is not model.get_output_embeddings()
+            and leaf_of(name) not in NEVER_PACKED)
 
 
 def _as_one(model: PreTrainedModel, wanted: str) -> str:

@@ -17,6 +17,7 @@ from gemma_tune.base.words import first_line
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.lora.config import refuse_embedded_adapter
 from gemma_tune.lora.layers import TOWERS
+from gemma_tune.lora.whole import NEVER_PACKED
 from gemma_tune.models.placement import Placement
 from gemma_tune.models.quantised import has_packed_experts, in_four_bits, quantisation, refuse_untrainable
 from gemma_tune.models.towers import auto_class, without_text, without_towers
@@ -169,8 +170,7 @@ def _where_and_how(config: Mapping[str, Any], placement: Placement, four_bit: bo
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=placement.dtype,
-            # Gemma 3n writes into two of its weights; the head is never quantised.
-            **({"llm_int8_skip_modules": ["lm_head", "prediction_coefs", "correction_coefs"]}
+            **({"llm_int8_skip_modules": ["lm_head", *NEVER_PACKED]}  # the head never is by itself
                if config.get("model_type", "").startswith("gemma3n") else {}))
     if shards > 1:
         from transformers.distributed import DistributedConfig

@@ -54,6 +54,11 @@ class AdamWAsOne(torch.optim.AdamW):
                 state["step"].copy_(self._moments[-1])
         return super().state_dict()
 
+    def forget(self) -> None:
+        """Free the moments, which begin anew should there be another step."""
+        self.state.clear()
+        self._moments, self._laid_out = None, False
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """PyTorch's, of any AdamW."""
         super().load_state_dict(state_dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.lora.whole import copies_in, each_once
 from gemma_tune.models.placement import wide
 from gemma_tune.train.attention import AS_MASKED
+from gemma_tune.train.base_weights import BLOCK, BaseWeights
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.undoing import plain_forward
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from gemma_tune.train.trainer import GemmaTrainer
 
 ROWS = 4  # that base and tuned logits are compared on
-_BLOCK = 8192  # rows of a weight that are compared at once
 _POSITIONS, _BEFORE = 16, 112  # learned tokens of each, and tokens that the model sees before them
 
 
@@ -45,10 +45,12 @@ class AdapterStart:
 
     Args:
         model: a PEFT model.
+        base: where the base's own weights are that its modules began with; None where they stay in memory.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, base: BaseWeights | None = None):
+        self._base = base or BaseWeights(model)
         self._parts = {name: _copies(layer) if _factors(layer)[1].any() else None for name, layer in _layers(model)}
         self._whole = {name: _start_of(base, module) for name, (base, module) in each_once(copies_in(model)).items()}
         self._lengths = {name: length.detach().cpu().clone() for name, layer in _layers(model)
@@ -65,7 +67,11 @@ class AdapterStart:
                 still.append(name)
         copies = each_once(copies_in(model))
         for name, (base, module) in copies.items():
-            change = _squared_distance(module, self._whole.get(name) or _weights(base))
+            if began := self._whole.get(name):
+                blocks = (weight.split(BLOCK) for weight in began)
+            else:
+                blocks = map(self._base.blocks, base.parameters(recurse=False))
+            change = _squared_distance(module, blocks)
             square += change
             if not change:
                 still.append(name)
@@ -89,11 +95,14 @@ def _start_of(base: Any, module: Any) -> list[torch.Tensor] | None:
     return None if same else [p.cpu().clone() for p in _weights(module)]
 
 
-def _squared_distance(module: Any, before: Sequence[torch.Tensor]) -> float:
-    """A block of rows at a time: a vocabulary's embedding in fp32 is as large as the rest of a small model."""
+def _squared_distance(module: Any, before: Iterable[Iterable[torch.Tensor]]) -> float:
+    """A block of rows at a time: a vocabulary's embedding in fp32 is as large as the rest of a small model.
+
+    Args:
+        before: of each weight the blocks as they were.
+    """
     return sum(float(torch.linalg.vector_norm(part.float() - like.to(part.device).float()).square())
-               for now, was in zip(_weights(module), before)
-               for part, like in zip(now.split(_BLOCK), was.split(_BLOCK)))
+               for now, was in zip(_weights(module), before) for part, like in zip(now.split(BLOCK), was))
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -167,17 +176,18 @@ def logit_change(trainer: GemmaTrainer, dataset: Any) -> LogitChange | None:
         None where no token is learned.
     """
     apart, largest = [], []
-    for row in range(min(ROWS, len(dataset))):
-        ids, predicted = _beginning(dataset[row])
-        if not predicted:
-            continue
-        try:
-            seen = _seen(trainer, ids, dataset[row].get(PICTURES, ()))
-        except ValueError:  # some of its pictures come later
-            continue
-        base, tuned = _logits(trainer, ids, predicted, seen)
-        apart.append(divergence(base, tuned))
-        largest.append(torch.where(base.isfinite(), tuned - base, 0.0).abs().max())
+    with trainer.base.in_memory():
+        for row in range(min(ROWS, len(dataset))):
+            ids, predicted = _beginning(dataset[row])
+            if not predicted:
+                continue
+            try:
+                seen = _seen(trainer, ids, dataset[row].get(PICTURES, ()))
+            except ValueError:  # some of its pictures come later
+                continue
+            base, tuned = _logits(trainer, ids, predicted, seen)
+            apart.append(divergence(base, tuned))
+            largest.append(torch.where(base.isfinite(), tuned - base, 0.0).abs().max())
     if not apart:
         return None
     return LogitChange(float(torch.cat(apart).mean()), float(torch.stack(largest).max()))

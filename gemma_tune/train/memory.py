@@ -92,8 +92,8 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
       largest of them is unpacked while it is used. In ``shards`` each process has its part, the whole head, and two
       layers: the one in use and the next.
     - adapter, gradients, optimizer: fp32, and AdamW's two moments: 4 + 4 + 8 bytes for each trained number. Of modules
-      that are trained as a whole there is a rounded copy as well, to compute with, and the base's own; of a head that
-      is the embedding PEFT makes one more to save it.
+      that are trained as a whole there is a rounded copy as well, to compute with, where that is not fp32, and none of
+      the base's own; of a head that is the embedding PEFT makes one more to save it.
     - activations: what autograd keeps, measured on shapes (:attr:`ModelShape.kept`), and the holes between. With
       ``checkpointing`` the inputs of all layers (tokens x hidden size each), and what one layer keeps.
     - working: the greatest of the loss's chunk of logits, the gradients inside a linear layer, and those inside a
@@ -114,7 +114,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     kept = shape.kept(micro_batch, longest)
     if checkpointing:
         kept = min(kept, shape.layers * tokens * shape.hidden * shape.item + kept // shape.layers)
-    weights = shape.parameters * shape.item
+    weights = (shape.parameters - shape.resting) * shape.item
     if shards > 1:
         weights = weights // shards + shape.head * shape.item + 2 * weights // shape.layers
     if four_bit:

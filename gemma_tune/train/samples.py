@@ -90,8 +90,9 @@ class Samples(TrainerCallback):
                 shown = self.trainer.shown
                 self._prompts = held_out(self.session, self.chat, self.count, MOST_TOKENS, LONGEST_PROMPT,
                                          set(shown.names) if shown else ())
-            for number, prompt in enumerate(self._prompts):
-                self._add(step, number, prompt, seconds)
+            with contextlib.nullcontext() if step else self.trainer.base.in_memory():
+                for number, prompt in enumerate(self._prompts):
+                    self._add(step, number, prompt, seconds)
         except Exception as e:  # noqa: BLE001 - whatever it is, the training is worth more than what was to show it
             self.count = 0
             self.session.listener.warn(f"no sample answers from now on: {first_line(e)}")

@@ -19,7 +19,7 @@ from gemma_tune.lora.experts import chosen_of, share_of
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.start import names_in, patterns_of, targets_from
 from gemma_tune.lora.targets import Targets, lora_config, targets_of
-from gemma_tune.lora.whole import LINEAR, kind_of
+from gemma_tune.lora.whole import LINEAR, kind_of, whole_modules
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,8 @@ class ModelShape:
         item: bytes of a number in the compute type.
         kept: bytes that autograd keeps for the backward pass, head excluded, of so many rows of so many tokens.
         whole: numbers of the modules that are trained as a whole, which are among those of the adapter.
+        resting: those of them that the base's own modules have on the disk alone while steps are made, see
+            ``base_weights``.
         whole_active: those of them that each token is multiplied with, head excluded.
         modules: how many modules that are.
         head_trained: the head is among them, by itself or as the embedding.
@@ -72,6 +74,7 @@ class ModelShape:
     item: int
     kept: Callable[[int, int], int]
     whole: int = 0
+    resting: int = 0
     whole_active: int = 0
     modules: int = 0
     head_trained: bool = False
@@ -98,6 +101,8 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
     head = model.get_output_embeddings().weight
     names = names_in(model, start) if start else {}
     targets = targets_from(model, start, names) if start else targets_of(model, config)
+    if start:
+        whole_modules(model, config.modules_to_save, config.qlora)
     whole = [model.get_submodule(name) for name in targets.whole]
     matrices = [module for module in whole if kind_of(module) == LINEAR and module.weight is not head]
     adapted = [(module.in_features, module.out_features)
@@ -121,7 +126,8 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
         widest=max(map(max, adapted)), layers=text_config.num_hidden_layers,
         attention=_attention_width(text_config),
         item=dtype.itemsize, kept=_counter(with_adapter, through, torch.device(device)),
-        whole=in_whole, whole_active=sum(module.weight.numel() for module in matrices), modules=len(whole),
+        whole=in_whole, resting=sum(p.numel() for module in whole for p in module.parameters() if p.ndim > 1),
+        whole_active=sum(module.weight.numel() for module in matrices), modules=len(whole),
         head_trained=targets.tied or any(module.weight is head for module in whole if hasattr(module, "weight")),
         model=with_adapter)
 

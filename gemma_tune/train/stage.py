@@ -254,7 +254,8 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
                            shown)
     log.trainer = best.trainer = samples.trainer = reports.trainer = trainer
     keep_what_is_best(session, job.training, best)
-    start = AdapterStart(trainer.model)
+    start = AdapterStart(trainer.model, trainer.base)
+    trainer.base.rest(session.model.path)
     settings = SettingsRecord(session, job.placement, job.choice, bool(job.training.earlier))
     settings.begin()
     job.startup.done("adapter")

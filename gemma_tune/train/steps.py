@@ -49,6 +49,7 @@ def run_steps(trainer, log, stop, best, samples, session: Session, choice: Batch
             less = trainer.micro_batch > 1 or not choice.checkpointing
             raise (_with_less(session, problem) if less else problem) from e
         raise
+    trainer.forget_moments()  # the room is for the base model, with which what was learned is compared
     losses = [r["loss"] for r in log.records if "loss" in r]
     evals = validation_losses(log.records)
     last = trainer.state.global_step

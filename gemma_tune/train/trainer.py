@@ -27,6 +27,7 @@ from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.lora.layers import saved_weights
 from gemma_tune.train import processes
 from gemma_tune.train.adamw import AdamWAsOne
+from gemma_tune.train.base_weights import BaseWeights
 from gemma_tune.train.batches import (
     LengthGroupedBatches,
     Share,
@@ -78,7 +79,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         # which a captured step cannot wait for.
         prepare = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.accelerator.prepare_model = lambda *args, **kwargs: self._settled(prepare(*args, **kwargs))
-        self.whole = train_whole(self.model)  # makes its own wide, from the base's
+        self.whole, self.base = train_whole(self.model), BaseWeights(self.model)  # its own are made wide
         for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
             parameter.data = parameter.data.float()
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
@@ -318,6 +319,14 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def begin_steps(self) -> None:
         """Called once, before the first evaluation: find out what is needed of the model as it is before its steps."""
+
+    def forget_moments(self) -> None:
+        """Free what the optimiser knows, after the last step, or before a training of the same weights begins anew."""
+        if isinstance(self.optimizer, AdamWAsOne):
+            self.optimizer.forget()
+        elif self.optimizer is not None:
+            self.optimizer.state.clear()
+        self.optimizer = None
 
     def _refuse_not_finite(self, facts: dict[str, Any], loss: float, norms: list[float]) -> None:
         bad = [name for name, norm in zip(self.gradients.computed, norms) if not math.isfinite(norm)]

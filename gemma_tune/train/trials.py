@@ -22,7 +22,9 @@ from transformers import DefaultFlowCallback, TrainerCallback
 from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.lora.whole import put_back
+from gemma_tune.lora.files import read_adapter
+from gemma_tune.lora.start import load_start, names_in, weights_of
+from gemma_tune.lora.whole import copies_in, put_back
 from gemma_tune.models.placement import Placement
 from gemma_tune.run.session import Session
 from gemma_tune.train.callbacks import StopRequest
@@ -184,18 +186,26 @@ class Trials:
     def _restart(self) -> None:
         """As it was before the first step, whatever came of the candidate before."""
         trainer = self._trainer
+        trainer.forget_moments()
         with torch.no_grad():
-            for weight, start in zip(trainer.gradients.weights, self._start):
+            if self.start:
+                adapter = read_adapter(self.start)
+                load_start(trainer.model, weights_of(adapter, self._names))
+            else:
+                trainer.base.begin_anew()
+            for weight, start in self._start:
                 weight.copy_(start)
         torch.random.set_rng_state(self._random)
         if self.placement.device != "cpu":
             torch.get_device_module(self.placement.device).set_rng_state(self._random_of_gpu)
-        trainer.optimizer = None
         trainer.gradients.clear()
         trainer.figures, trainer.tokens_seen, trainer.overflows = LateFigures(trainer.accelerator.device), 0, 0
 
     def _remember(self) -> None:
-        self._start = [weight.detach().clone() for weight in self._trainer.gradients.weights]
+        """What a candidate begins with: of what files have, all weights of a model perhaps, no copy is kept."""
+        whole = {id(p) for _, module in copies_in(self._trainer.model).values() for p in module.parameters()}
+        self._start = [] if self.start else [(weight, weight.detach().clone())
+                                             for weight in self._trainer.gradients.weights if id(weight) not in whole]
         self._random = torch.random.get_rng_state()
         if self.placement.device != "cpu":
             self._random_of_gpu = torch.get_device_module(self.placement.device).get_rng_state()
@@ -211,8 +221,10 @@ class Trials:
         session = replace(self.session, resolved=self.session.resolved.but({"rank": rank} if rank else {}, {}))
         job = Job(session, Training("", "", {}, ""), None, self.start, self.placement, self.choice, [], Startup())
         callbacks = self.log, self.stop
+        self._names = names_in(self.model, read_adapter(self.start)) if self.start else {}
         self._trainer = trainer = make_trainer(job, self.model, self.chat, *self.rows, self.steps, callbacks,
                                                 self.shown)
+        trainer.base.rest(session.model.path)
         # Nothing is written of a trial, and nobody else is told of it.
         ours = (DefaultFlowCallback, TrialLog, StopTrial)
         trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ours)]
@@ -229,6 +241,8 @@ class Trials:
         self._layers.close()
         if self._trainer is None:
             return
+        self._trainer.forget_moments()
+        self._trainer.base.stay()
         put_back(self._trainer.model)
         self.model = self._trainer.model.unload()
         vars(self.model).pop("forward", None)  # which TRL and we have put there
