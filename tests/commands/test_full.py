@@ -192,6 +192,40 @@ def test_interrupted_it_goes_on_to_the_same_weights(cli, prepared, monkeypatch, 
     assert adapter_bytes(prepared) == expected
 
 
+def watched(monkeypatch) -> list[list[str]]:
+    """Which of the base's own weights, but for vectors, are in memory in each step of trainings from here on."""
+    from gemma_tune.lora.whole import copies_in
+    from gemma_tune.train.trainer import GemmaTrainer
+
+    step, found = GemmaTrainer.training_step, []
+
+    def looked_at(self, *given, **how):
+        found.append([name for name, (base, _) in copies_in(self.model).items() if any(p.ndim > 1 for p in base.parameters())])
+        return step(self, *given, **how)
+
+    monkeypatch.setattr(GemmaTrainer, "training_step", looked_at)
+    return found
+
+
+@pytest.mark.parametrize("flags", [("--full",), ("--modules-to-save", "embed_tokens,o_proj,norm", "--rank", 4)], ids=["full", "some"])
+def test_the_base_is_on_the_disk_while_steps_are_made_and_all_is_as_if_it_were_not(cli, prepared, monkeypatch, flags):
+    from gemma_tune.train.base_weights import BaseWeights
+
+    def trained(dtype: str) -> tuple:
+        result = cli("train", *LEARN, "--dtype", dtype, "--samples", 2, "--force", *flags)
+        assert result.code == 0, result.err
+        answers = [{**json.loads(line), "seconds": 0} for line in Path(RUN, "logs", "samples.jsonl").read_text().splitlines()]
+        summary = result.json["summary"]
+        return adapter_bytes(prepared), answers, *(summary[name] for name in ("divergence_from_base", "adapter_norm", "eval_loss_after"))
+
+    in_steps = watched(monkeypatch)
+    monkeypatch.setattr("gemma_tune.train.samples.SHARE", 1000.0)  # of so short a training there is no time for answers
+    found = {dtype: trained(dtype) for dtype in ("fp32", "bf16")}
+    assert len(in_steps) > 10 and not any(in_steps)
+    monkeypatch.setattr(BaseWeights, "rest", lambda self, checkpoint: None)
+    assert found == {dtype: trained(dtype) for dtype in found} and in_steps[-1]
+
+
 def test_modules_beside_an_adapter(cli, prepared, tiny):
     result = cli("train", *LEARN, "--modules-to-save", "embed_tokens,input_layernorm", "--rank", 4)
     assert result.code == 0, result.err
@@ -294,9 +328,9 @@ def test_an_interrupted_training_of_the_other_kind_is_not_mixed_with_this_one(cl
 
 @pytest.mark.parametrize("name", ["qwen3.5 with an eye", "gemma 4 with an ear", "gemma 3n with an eye", "mistral small 3.2",
                                   "gemma4-unified"])
-def test_all_weights_of_a_family(cli, tmp_path, name):
+def test_all_weights_of_a_family(cli, tmp_path, monkeypatch, name):
     """The text model's; what sees and hears is in the merged model as it was."""
-    model = tmp_path / "model"
+    model, in_steps = tmp_path / "model", watched(monkeypatch)
     make_family(name, model) if name in FAMILIES else make(name, model)
     for args in (("prepare", write_rows(tmp_path / "rows.jsonl", rows(12)), "--model", model),
                  ("train", "--full", "--max-steps", 4, "--learning-rate", 1e-3, "--keep", "last", "--samples", 0),
@@ -304,6 +338,7 @@ def test_all_weights_of_a_family(cli, tmp_path, name):
         result = cli(*args, "--json", "--quiet")
         assert result.code == 0, (args, result.err)
     assert result.json["summary"]["check_divergence"] < 1e-3 < result.json["summary"]["check_adapter_effect"]
+    assert len(in_steps) >= 4 and not any(in_steps), "the checkpoint's names lead to all of the model's"
     before, after = ({name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
                      for folder in (model, Path(result.json["artifacts"]["merged"])))
     assert before.keys() == after.keys()
@@ -357,6 +392,19 @@ def test_what_does_not_go_together_is_named(cli, prepared, flags, said):
     result = cli("train", *flags)
     assert result.code == 2 and said in result.err, result.err
     assert "Traceback" not in result.err and not ADAPTER.exists()
+
+
+def test_linear_layers_that_get_4_bits_are_refused_before_anything_is_loaded(cli, prepared, monkeypatch):
+    """With what else is wrong."""
+    monkeypatch.setattr("gemma_tune.train.stage.with_weights", lambda *_: pytest.fail("weights were asked for"))
+    for more in ((), ("--dry-run",)):
+        result = cli("train", "--qlora", "--modules-to-save", "o_proj,nomr,up_proj", "--target-modules", "q_prj", *more)
+        assert result.code == 2, result.err
+        for said in ("--modules-to-save names linear layers, which --qlora keeps in 4 bits and LoRA adapts: o_proj, up_proj; and "
+                     "what the model does not have: nomr (did you mean norm?)", "--target-modules names what the model does not have: q_prj",
+                     "modules that can be trained as a whole beside --qlora are embed_tokens, input_layernorm"):
+            assert said in " ".join(result.err.split()), result.err
+    assert cli("train", "--qlora", "--modules-to-save", "embed_tokens,norm", "--dry-run").code == 0
 
 
 def test_the_card_of_modules_from_elsewhere_names_them(cli, tiny, tmp_path):

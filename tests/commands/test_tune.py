@@ -161,6 +161,37 @@ def test_all_weights_have_no_rank(cli, trained):
     assert other.code == 0 and "is one for LoRA: all weights learn with a tenth of it" in other.err, other.err
 
 
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_all_weights_begin_each_trial_from_their_file(cli, trained, ran, monkeypatch, start):
+    """No copy of them is kept, and none of what the optimiser knew."""
+    remember, restart, kept = Trials._remember, Trials._restart, []
+    monkeypatch.setattr(Trials, "_remember", lambda self: remember(self) or kept.append(self._start))
+
+    def restarted(self):
+        before = self._trainer.optimizer
+        restart(self)
+        assert self._trainer.optimizer is None and not (before and before.state)
+
+    monkeypatch.setattr(Trials, "_restart", restarted)
+    flags = ("--full", "--dtype", "bf16")
+    if start == "adapter":
+        assert cli("train", *flags, "--lr", 1e-3, "--max-steps", 2, "--samples", 0, "--force").code == 0
+        shutil.copytree(RUN / "tiny-gemma_lora_adapter", "given")
+        Path("s.yaml").write_text("train: {from_adapter: given, dtype: bf16}\n")
+        flags = ("--config", "s.yaml")
+    found = by_candidate(cli("tune", *flags, "--learning-rates", "1e-3,4e-3", "--json"))
+    assert [rate for rate, *_ in ran] == [1e-3, 4e-3] and kept and not any(kept)
+    assert found[4e-3, 0] == trained_loss(cli, *flags, "--lr", 4e-3)
+
+
+def test_modules_beside_ranks_are_the_base_s_again(cli, trained):
+    """Whose weights have been on the disk."""
+    Path("s.yaml").write_text("train: {modules_to_save: [embed_tokens, o_proj]}\n")
+    flags = ("--config", "s.yaml")
+    found = by_candidate(cli("tune", "--learning-rates", "1e-3,4e-3", "--ranks", "2,4", *flags, "--json"))
+    assert found[4e-3, 2] == trained_loss(cli, "--lr", 4e-3, "--rank", 2, *flags)
+
+
 def test_ranks_are_tried_on_the_same_weights(cli, trained, ran, monkeypatch):
     load, loaded = tune_module.load_model, []
     monkeypatch.setattr(tune_module, "load_model", lambda *args, **how: loaded.append(load(*args, **how)) or loaded[0])
