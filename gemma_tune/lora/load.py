@@ -16,7 +16,7 @@ from gemma_tune.base.words import first_line
 from gemma_tune.lora.config import for_peft, how_to_renew, usable_config
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.patterns import refuse_endless
-from gemma_tune.lora.renamed import renamed_adapter, running_names
+from gemma_tune.lora.renamed import renamed_adapter, running_names, with_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +62,12 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
     """
     described = read_adapter(adapter)
     refuse_endless(adapter, described.config, (name for name, _ in model.named_modules()))
-    if not (names := running_names(described, model)):
+    whole = with_head(described, model)
+    names = running_names(whole, model)
+    if not names and whole is described:
         return _added(model, adapter, described.config, adapter, vocabulary)
     with tempfile.TemporaryDirectory(prefix="gemma-tune-adapter-") as folder:
-        renamed = renamed_adapter(described, names, Path(folder))
+        renamed = renamed_adapter(whole, names, Path(folder))
         return _added(model, renamed, usable_config(renamed), adapter, vocabulary)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,20 @@ from gemma_tune.lora.experts import adaptable, module_of
 from gemma_tune.lora.files import Adapter
 from gemma_tune.lora.names import found_among
 from gemma_tune.lora.targets import NO_LAYER
+from gemma_tune.lora.whole import is_tied
+
+
+def with_head(adapter: Adapter, base: Any) -> Adapter:
+    """An adapter with its head, which PEFT asks for also where it is the embedding: a training's checkpoint has that
+    tensor once. Any other adapter is itself."""
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    if not adapter.config.get("ensure_weight_tying") or not is_tied(base):
+        return adapter
+    words, head = (next(name for name, module in base.named_modules() if module is end) for end in ends)
+    held = {found_among((words, head), name.rpartition(".")[0]): tensor for name, tensor in adapter.copies.items()}
+    if words not in held or head in held:
+        return adapter
+    return replace(adapter, copies=adapter.copies | {f"{head}.weight": held[words]})
 
 
 def running_names(adapter: Adapter, base: Any) -> dict[str, str]:
@@ -65,6 +81,8 @@ def renamed_adapter(adapter: Adapter, names: Mapping[str, str], folder: Path) ->
         "modules_to_save": [names.get(m, m) for m in {name.rpartition(".")[0] for name in adapter.copies}] or None}
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
-        save_file({f"base_model.model.{name}": file.get_tensor(tensor.name) for name, tensor in tensors.items()},
-                  folder / WEIGHTS)
+        times = Counter(tensor.name for tensor in tensors.values())
+        read = {f"base_model.model.{name}": file.get_tensor(tensor.name) for name, tensor in tensors.items()}
+        save_file({name: found.clone() if times[tensor.name] > 1 else found
+                   for (name, found), tensor in zip(read.items(), tensors.values())}, folder / WEIGHTS)
     return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
@@ -151,6 +152,21 @@ def each_once(copies: Mapping[str, tuple[Module, Module]]) -> dict[str, tuple[Mo
     for name, (_, module) in copies.items():
         found.setdefault(id(next(module.parameters())), name)
     return {name: copies[name] for name in found.values()}
+
+
+@contextmanager
+def head_once(model: Any) -> Iterator[None]:
+    """PEFT saves and loads a head that is the embedding as that alone while the context lasts."""
+    copies = copies_in(model)
+    heads = [model.get_submodule(f"base_model.model.{name}") for name in copies.keys() - each_once(copies).keys()]
+    adapters = [head._adapters for head in heads]
+    for head in heads:
+        head._adapters = set()
+    try:
+        yield
+    finally:
+        for head, known in zip(heads, adapters):
+            head._adapters = known
 
 
 def put_back(model: Any) -> None:

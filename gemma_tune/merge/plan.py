@@ -106,6 +106,8 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
     experts = {name: (lora, part) for layer, lora in adapter.layers.items() if lora.experts
                for name, part in names.of_experts(layer, lora.experts)}
     copies = {names.of(name): tensor for name, tensor in adapter.copies.items()}
+    if names.tied in copies and adapter.config.get("ensure_weight_tying"):
+        copies.setdefault(HEAD, copies[names.tied])  # which a training's checkpoint has once
     in_training = {names.of(name): tensor for name, tensor in adapter.base_tensors.items()}
     if names.missing:
         raise UserError(f"{len(names.missing)} tensors that {adapter.folder} adapts are not in the base model",

@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_tune.base.errors import Interrupted, UserError
 from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.lora.whole import head_once
 from gemma_tune.run.session import Session
 from gemma_tune.run.stopped import unfinished, whole
 from gemma_tune.train import processes
@@ -105,4 +106,5 @@ def _load_trained(model: Any, checkpoint: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    with head_once(model):
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))

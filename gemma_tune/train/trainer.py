@@ -25,6 +25,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.lora.layers import saved_weights
+from gemma_tune.lora.whole import head_once
 from gemma_tune.train import processes
 from gemma_tune.train.adamw import AdamWAsOne
 from gemma_tune.train.base_weights import BaseWeights
@@ -443,7 +444,12 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _save(self, output_dir=None, state_dict=None):
-        Trainer._save(self, output_dir, saved_weights(self.model))
+        with head_once(self.model):
+            Trainer._save(self, output_dir, saved_weights(self.model))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with head_once(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_rng_state(self, output_dir):
         """The library's, which passes over Apple's GPU."""

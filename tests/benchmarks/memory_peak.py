@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--full", action="store_true", help="all weights instead of an adapter")
     parser.add_argument("cases", nargs="+")
     options = parser.parse_args()
     for case in options.cases:
@@ -53,7 +54,7 @@ def main() -> None:
             write_rows(data, rows, words)
             run("prepare", data, "--model", options.model, "--run", place, "--valid", "0", "--max-length", 4 * words)
             flags = ["train", "--run", place, "--batch-size", rows, "--micro-batch", rows, "--dtype", options.dtype,
-                     "--max-steps", 2, "--json", "--quiet",
+                     "--max-steps", 2, "--json", "--quiet", *["--full"] * options.full,
                      "--activation-checkpointing" if case.endswith("c") else "--no-activation-checkpointing"]
             planned = json.loads(run(*flags, "--dry-run")[0])
             _, peak = run(*flags)

@@ -161,7 +161,8 @@ def test_what_has_changed_is_told_of_what_is_saved(cli, tiny, data, tmp_path):
 
 
 def test_nothing_is_copied_to_be_saved(cli, prepared, monkeypatch):
-    """PEFT copies what is a part of another tensor, as all weights are; but for the head, which is the embedding."""
+    """PEFT copies what is a part of another tensor, as all weights are. Where the head is the embedding, a checkpoint has that
+    once, and what the training leaves behind twice, as plain PEFT asks for both."""
     from peft import peft_model
 
     from gemma_tune.train.trainer import GemmaTrainer
@@ -176,7 +177,31 @@ def test_nothing_is_copied_to_be_saved(cli, prepared, monkeypatch):
     monkeypatch.setattr(peft_model, "safe_save_file", lambda tensors, *given, **how: copied.append(
         [name for name, tensor in tensors.items() if tensor.data_ptr() not in there]) or file(tensors, *given, **how))
     assert cli("train", *LEARN, "--full").code == 0
-    assert len(copied) > 2 and all(len(names) == 1 for names in copied), copied[0]
+    *checkpoints, left = copied
+    assert len(checkpoints) > 1 and not any(checkpoints) and len(left) == 1, copied
+
+
+def test_a_checkpoint_has_a_head_that_is_the_embedding_once_and_is_an_adapter_as_any(cli, prepared, tiny):
+    from gemma_tune.lora.load import add_adapter
+    from gemma_tune.models.load import load_model
+    from gemma_tune.models.placement import choose_placement
+
+    assert cli("train", *LEARN, "--full", "--keep", "last").code == 0
+    checkpoint = max((RUN / "training_checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    once, twice = (load_file(place / "adapter_model.safetensors") for place in (checkpoint, ADAPTER))
+    assert twice.keys() - once.keys() == {"base_model.model.lm_head.weight"} and len(once) == 28
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    logits = []
+    for place in (checkpoint, ADAPTER):
+        with torch.no_grad():
+            logits.append(add_adapter(load_model(tiny, choose_placement("fp32")), place)(torch.arange(5, 25)[None]).logits)
+    assert torch.equal(*logits)
+    merged = []
+    for place in (ADAPTER, checkpoint):
+        assert cli("merge", "--adapter", place, "--base", tiny, "--no-check", "--force").code == 0
+        merged.append(merged_tensors(RUN))
+    assert "lm_head.weight" not in merged[1] and merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
 
 
 @pytest.mark.parametrize("flags", [("--full",), ("--modules-to-save", "embed_tokens,norm", "--rank", 4)], ids=["full", "some"])

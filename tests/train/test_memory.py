@@ -116,7 +116,17 @@ def test_weights_that_are_trained_themselves_are_counted_once(tiny, tmp_path):
         some = shape_of(model, replace(SMALL, modules_to_save=("embed_tokens", "norm")), torch.bfloat16)
         lora = shape_of(model, SMALL, torch.bfloat16).adapter
         assert some.whole == shape.head + 64 and some.adapter == lora + some.whole and some.adapter_active == lora
-        assert some.head_trained == (not own) and some.whole_active == 0
+        assert some.head_trained == (not own) and some.whole_active == 0 and some.resting == shape.head
+
+
+@pytest.mark.parametrize(("dtype", "each"), [(torch.bfloat16, 18), (torch.float32, 16)], ids=str)
+def test_of_all_weights_the_base_s_own_are_not_in_memory(tiny, dtype, each):
+    """But for vectors: fp32 weights, gradients and two moments, and a rounded copy where that is another."""
+    shape = shape_of(tiny, TrainConfig(full=True), dtype)
+    need = estimate(shape, 1, 8, checkpointing=False, four_bit=False, device="cuda")
+    vectors = shape.parameters - shape.resting
+    assert 0 < vectors < 1000
+    assert need.weights + need.adapter + need.gradients + need.optimizer == each * shape.parameters + dtype.itemsize * vectors
 
 
 def test_a_head_of_its_own_is_not_kept_in_4_bits(talkative):
