@@ -93,7 +93,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
       layers: the one in use and the next.
     - adapter, gradients, optimizer: fp32, and AdamW's two moments: 4 + 4 + 8 bytes for each trained number. Of modules
       that are trained as a whole there is a rounded copy as well, to compute with, where that is not fp32, and none of
-      the base's own.
+      the base's own; where they began as an adapter has them, that stays on the CPU in the compute type.
     - activations: what autograd keeps, measured on shapes (:attr:`ModelShape.kept`), and the holes between. With
       ``checkpointing`` the inputs of all layers (tokens x hidden size each), and what one layer keeps.
     - working: the greatest of the loss's chunk of logits, the gradients inside a linear layer, and those inside a
@@ -124,7 +124,8 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
                   WORKING_NORM * tokens * shape.hidden)
     overhead = OVERHEAD[device] + (TOKENIZER * shape.head // shape.hidden if device == "cpu" else 0)
     rounded = shape.whole * shape.item if shape.item < 4 else 0
-    return Memory(weights=weights, adapter=4 * shape.adapter + rounded, gradients=4 * shape.adapter * gradients,
+    begun = shape.begun * shape.item if device == "cpu" else 0
+    return Memory(weights=weights, adapter=4 * shape.adapter + rounded + begun, gradients=4 * shape.adapter * gradients,
                   optimizer=8 * shape.adapter, activations=round(FRAGMENTATION * kept), working=working,
                   overhead=overhead)
 

@@ -53,6 +53,7 @@ class ModelShape:
         whole: numbers of the modules that are trained as a whole, which are among those of the adapter.
         resting: those of them that the base's own modules have on the disk alone while steps are made, see
             ``base_weights``.
+        begun: those of them that began as an adapter has them, which is kept to be compared with.
         whole_active: those of them that each token is multiplied with, head excluded.
         modules: how many modules that are.
         head_trained: the head is among them, by itself or as the embedding.
@@ -75,6 +76,7 @@ class ModelShape:
     kept: Callable[[int, int], int]
     whole: int = 0
     resting: int = 0
+    begun: int = 0
     whole_active: int = 0
     modules: int = 0
     head_trained: bool = False
@@ -127,6 +129,7 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
         attention=_attention_width(text_config),
         item=dtype.itemsize, kept=_counter(with_adapter, through, torch.device(device)),
         whole=in_whole, resting=sum(p.numel() for module in whole for p in module.parameters() if p.ndim > 1),
+        begun=in_whole if start else 0,
         whole_active=sum(module.weight.numel() for module in matrices), modules=len(whole),
         head_trained=targets.tied or any(module.weight is head for module in whole if hasattr(module, "weight")),
         model=with_adapter)

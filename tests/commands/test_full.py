@@ -234,6 +234,7 @@ def watched(monkeypatch) -> list[list[str]]:
 
 @pytest.mark.parametrize("flags", [("--full",), ("--modules-to-save", "embed_tokens,o_proj,norm", "--rank", 4)], ids=["full", "some"])
 def test_the_base_is_on_the_disk_while_steps_are_made_and_all_is_as_if_it_were_not(cli, prepared, monkeypatch, flags):
+    from gemma_tune.train import learned
     from gemma_tune.train.base_weights import BaseWeights
 
     def trained(dtype: str) -> tuple:
@@ -243,10 +244,12 @@ def test_the_base_is_on_the_disk_while_steps_are_made_and_all_is_as_if_it_were_n
         summary = result.json["summary"]
         return adapter_bytes(prepared), answers, *(summary[name] for name in ("divergence_from_base", "adapter_norm", "eval_loss_after"))
 
-    in_steps = watched(monkeypatch)
+    in_steps, moments, compare = watched(monkeypatch), [], learned.logit_change
+    monkeypatch.setattr(learned, "logit_change", lambda trainer, rows: moments.append(trainer.optimizer) or compare(trainer, rows))
     monkeypatch.setattr("gemma_tune.train.samples.SHARE", 1000.0)  # of so short a training there is no time for answers
     found = {dtype: trained(dtype) for dtype in ("fp32", "bf16")}
     assert len(in_steps) > 10 and not any(in_steps)
+    assert moments == [None, None], "which have left room for it"
     monkeypatch.setattr(BaseWeights, "rest", lambda self, checkpoint: None)
     assert found == {dtype: trained(dtype) for dtype in found} and in_steps[-1]
 

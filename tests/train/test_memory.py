@@ -127,6 +127,9 @@ def test_of_all_weights_the_base_s_own_are_not_in_memory(tiny, dtype, each):
     vectors = shape.parameters - shape.resting
     assert 0 < vectors < 1000
     assert need.weights + need.adapter + need.gradients + need.optimizer == each * shape.parameters + dtype.itemsize * vectors
+    on_cpu, begun = (estimate(some, 1, 8, checkpointing=False, four_bit=False, device="cpu").total
+                     for some in (shape, replace(shape, begun=shape.whole)))
+    assert begun - on_cpu == dtype.itemsize * shape.whole, "of an adapter, what was begun with"
 
 
 def test_a_head_of_its_own_is_not_kept_in_4_bits(talkative):
