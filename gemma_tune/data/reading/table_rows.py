@@ -41,7 +41,7 @@ class TableBlock(Block):
 def csv_blocks(source: Source, size: int = BLOCK, listener: Listener | None = None) -> Iterator[TableBlock]:
     """All rows of a CSV or TSV file, by the first row's column names; memory is bounded.
 
-    A row with another number of cells than the header is a row with an error.
+    A row with another number of cells than the header is a row with an error, and so is the header once more.
 
     Args:
         listener: is told what quotes were taken for where that is no matter of course, and of cells that seem to have
@@ -65,6 +65,8 @@ def csv_blocks(source: Source, size: int = BLOCK, listener: Listener | None = No
         if error is None and len(cells) != len(header):
             error = (f"not a row of this table: {counted(len(cells), 'cell')} where the header has {len(header)}"
                      f"{table.to_line(line)}")
+        elif error is None and _is_again(cells, header):
+            error = "the header again, as in files that were put together"
         elif error is None and swallows_rows(raw, dialect.delimiter, len(header)):
             swallowed.append(table.to_line(line).strip(" ()"))
         waiting.append((line, cells if error is None else raw.rstrip("\r\n"), error))
@@ -77,6 +79,11 @@ def csv_blocks(source: Source, size: int = BLOCK, listener: Listener | None = No
         yield TableBlock(source.name, 1.0, header, tuple(waiting))
     elif empty:
         raise UserError(f"{source.name} has a header and no rows", "put at least one row below the header")
+
+
+def _is_again(cells: Sequence[str], header: Sequence[str]) -> bool:
+    """Whether a row says what the header does; of one column alone that may be a text."""
+    return len(header) > 1 and all(cell.strip("\ufeff \t") == name for cell, name in zip(cells, header))
 
 
 def _warn_of_swallowed(name: str, places: Sequence[str], listener: Listener) -> None:

@@ -12,13 +12,14 @@ import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from gemma_tune.base import shell
 from gemma_tune.base.content import is_picture
 from gemma_tune.base.errors import UserError
+from gemma_tune.data.reading.mixed import converted_name, mixed
 from gemma_tune.data.reading.rows import BLOCK, Source
 
 COMPRESSED = {".gz": "gzip", ".zst": "Zstandard", ".zstd": "Zstandard"}
@@ -35,6 +36,7 @@ _NULS = 0.25  # of the bytes of UTF-16 that happens to be UTF-8, as English is
 _BESIDE = 0.6  # of the bytes above 127 that have another one beside them
 # Python's names of encodings, and iconv's. Traditional characters before simplified ones, whose code has all of them.
 _EAST_ASIAN = {"big5": "BIG5", "gb18030": "GB18030", "cp932": "CP932", "cp949": "CP949", "euc_jp": "EUC-JP"}
+_WIDE = ("utf-16-le", "utf-16-be")
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
           (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _MAGIC = {  # first bytes of what is often given by mistake, and what to do about it
@@ -77,7 +79,7 @@ class TextFile:
             head += piece
             if len(head) >= _HEAD:
                 break
-        decoder = _Decoder(self.name, head, self.encoding)
+        decoder = _Decoder(self.name, head, self.encoding, self.bytes)
         for piece in itertools.chain([head], pieces):
             yield from self._cut(decoder.text(piece))
         yield from self._cut(decoder.text(b"", final=True))
@@ -185,10 +187,14 @@ def _zstandard(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 class _Decoder:
-    """Decodes what comes in pieces and knows where in the file it is."""
+    """Decodes what comes in pieces and knows where in the file it is.
 
-    def __init__(self, name: str, head: bytes, named: str | None):
-        self.name, self.head, self.lines = name, head[:_HEAD], 0
+    Args:
+        content: reads all of the file once more.
+    """
+
+    def __init__(self, name: str, head: bytes, named: str | None, content: Callable[[], Iterator[bytes]]):
+        self.name, self.head, self.lines, self._content = name, head[:_HEAD], 0, content
         otherwise = "utf-8" if named is None or _is_utf8(self.head) else named
         mark, encoding = next(((m, e) for m, e in _MARKS if head.startswith(m)), (b"", otherwise))
         if encoding.startswith("utf-32"):
@@ -243,13 +249,15 @@ class _Decoder:
         """The command for what Windows and Excel write in East Asia, where that can be told by a sample, else for what
         they write in Western Europe and America."""
         path, encoding = Path(self.name), east_asian(sample) or "windows-1252"
-        if self.encoding not in ("utf-8", "utf-16-le", "utf-16-be"):
+        packed, new = compression(path), converted_name(path)
+        if self.encoding not in _WIDE and (apart := mixed(self._content(), east_asian)):
+            return apart.hint(str(path), None if packed else str(new))
+        if self.encoding != "utf-8" and self.encoding not in _WIDE:
             return "name another one with --encoding, or leave it out for UTF-8"
         if self.encoding != "utf-8" or not path.suffix:
             return _UTF8_HINT
-        if path.suffix in (".gz", ".zst"):
+        if packed:
             return _NAME.format(encoding.lower())
-        new = path.with_name(f"{path.stem}-utf8{path.suffix}")
         convert = _CONVERT.format(encoding, shell.quote(str(path)), shell.quote(str(new)))
         return (f"{_NAME.format(encoding.lower())}, or save it as UTF-8 (Excel calls that `CSV UTF-8`): "
                 f"{shell.of_posix(convert)}")
