@@ -42,6 +42,7 @@ from gemma_tune.prepare.unread import UnreadCounts
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 
 _TOO_LONG = "too_long"
+SPLIT = " or --on-long split"  # of a row that has parts, where a larger limit is proposed
 T = TypeVar("T")
 _as_key = json.JSONEncoder(sort_keys=True).encode
 _AHEAD = 2  # blocks for each process that wait or are being worked on
@@ -301,12 +302,12 @@ class Judge:
             return Problem(_TOO_LONG, f"the longer of both answers makes {outcome.longest} tokens with its prompt, "
                                       f"more than --max-length {self.config.max_length}{why}",
                            f"use --max-length {outcome.longest}, or {shorter.replace('conversation', 'pair')}")
-        if self.config.on_long in ("split", "truncate"):
-            what = "no single exchange of it fits" if self.config.on_long == "split" else "no answer begins before it"
-            return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}, "
-                                     f"and {what}", f"use --max-length {outcome.longest}, or {shorter}")
-        return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}",
-                       f"use --max-length {outcome.longest} or --on-long split, or {shorter}")
+        several = sum(turn["role"] == "user" for turn in example.get("messages", ())) > 1
+        split = SPLIT if self.config.on_long != "split" and (several or "text" in example) else ""
+        why = {"split": ", and no single exchange of it fits", "truncate": ", and no answer begins before it"}
+        return Problem(_TOO_LONG, f"{outcome.longest} tokens are more than --max-length {self.config.max_length}"
+                                  f"{why.get(self.config.on_long, '')}",
+                       f"use --max-length {outcome.longest}{split}, or {shorter}")
 
     def _prompt(self, example: PreparedRow) -> int:
         """A hash (64 bits) of the seed and everything but the answers: what decides the side of the split.

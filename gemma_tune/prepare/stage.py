@@ -291,7 +291,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
     with new_directory(run.data) as folder, passes(session, sources, held_out, judge, folder) as work:
         work.check()
         explain(judge, work.findings.noticed, config, listener)
-        with kept_when_refused(work.files, run.refused_rows):
+        with kept_when_refused(work.files, session):
             refuse(work.findings, config, run.refused_rows, work.long_rows)
         decided = work.decide()
         refuse_empty_sides(decided.selection, config, bool(held_out), decided.are_texts)

@@ -20,6 +20,7 @@ _FAR = 3  # times as long as every other row
 EXAMPLES = 3  # longest and shortest rows that are kept
 BINS = 14
 KEPT = 99  # per cent of the trained tokens that a suggested limit keeps
+MOST = 95  # per cent of the rows that another one keeps, where the others are far longer
 STEP = 64  # suggested limits are multiples of it
 PERCENTILES = (50, 90, 95, 99)
 WHAT_HAPPENS = {"drop": "left out", "split": "divided", "truncate": "cut", "fail": "refused"}
@@ -220,7 +221,10 @@ class Statistics:
     def _better(self, max_length: int, on_long: str) -> str:
         suggestion = self.suggestion(on_long)
         if suggestion > max_length and on_long != "fail":
-            return f"--max-length {suggestion} keeps {'all' if suggestion >= self.longest else f'{KEPT} %'}"
+            said = f"--max-length {suggestion} keeps {'all' if suggestion >= self.longest else f'{KEPT} %'}"
+            most = math.ceil(self.percentile(MOST) / STEP) * STEP
+            few_are_far = max_length < most < suggestion / _FAR and on_long != "truncate"
+            return f"{said}, and --max-length {most} keeps {MOST} % of the rows" if few_are_far else said
         return f"the longest has {self.longest:,}"
 
     def _percent(self, tokens: int) -> str:

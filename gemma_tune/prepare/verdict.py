@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
 from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near
+from gemma_tune.config.settings import value_in_words
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.uneven import IN_WORDS
 from gemma_tune.encoding.chat_format import ChatFormat
@@ -19,12 +22,13 @@ from gemma_tune.ollama.template import layout_of, tools_are_lost
 from gemma_tune.prepare.ends import MOST, SHORTEST, are_few
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
-from gemma_tune.prepare.judge import Judge, Noticed
+from gemma_tune.prepare.judge import SPLIT, Judge, Noticed
 from gemma_tune.prepare.selection import Selection
 from gemma_tune.prepare.split import FEWEST
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 from gemma_tune.run.session import Session
 
+_HOW = ("format", "columns", "roles", "turn_keys", "take")  # settings of how rows are read
 _PREFERENCE = {"chosen", "rejected", "label"}  # columns of rows that are read as preferences, whatever they are called
 SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
 NAMED = 20  # faults that a failure names
@@ -89,13 +93,24 @@ def _lost_in_ollama(chat: ChatFormat, rows: int) -> str | None:
 
 
 @contextmanager
-def kept_when_refused(files: DataFiles, path: Path) -> Iterator[None]:
-    """If the rows are refused, what is wrong with each stays in a file of the run, for them to be repaired."""
+def kept_when_refused(files: DataFiles, session: Session) -> Iterator[None]:
+    """If the rows are refused, what is wrong with each stays in a file of the run, for them to be repaired; and it is
+    told how rows of this run were read before, as that does not hold for data that are named anew."""
     try:
         yield
-    except UserError:
-        files.keep_rejected(path)
+    except UserError as e:
+        files.keep_rejected(session.run.refused_rows)
+        if options := _read_before(session):
+            e.reword(e.message, f"{e.hint}; before, this run's data were read with {options}")
         raise
+
+
+def _read_before(session: Session) -> str:
+    """Options by which the run's rows were read the last time, and are not now."""
+    before = session.settings_of("prepare")
+    free = {name: before.get(name) for name in _HOW if session.resolved.origins[name] == "default"}
+    return " ".join(f"--{name.replace('_', '-')} {shell.quote(value_in_words(value))}"
+                    for name, value in free.items() if value)
 
 
 def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: Callable[[], str | None]) -> None:
@@ -119,8 +134,11 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
                         "correct them, or use --on-bad-row reject", _listed(findings, refused))
     # With the others a longer row can be used, and each that is not has its own sentence below.
     problems = [*filter(None, [long_rows() if long and config.on_long == "drop" else None])]
-    fixes = {item.problems[0].fix for item in findings.examples}
-    fix = fixes.pop() if len(fixes) == 1 else "correct the rows named above"
+    wider = ""
+    if 2 * long > bad:
+        divisible = any(SPLIT in item.problems[0].fix for item in findings.long_examples)
+        wider = f"use a larger --max-length{SPLIT if divisible else ''}"
+    fix = _fix_of_most(findings) or wider or "correct the rows named above"
     if elsewhere := findings.noticed.pictures.elsewhere():
         problems, fix = [*problems, elsewhere[0]], elsewhere[1]
     if bad == total:
@@ -128,10 +146,7 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
                         fix, [*problems, *_listed(findings, refused)])
     if bad / total > config.max_rejected:
         allowed, needed = f"{config.max_rejected * 100:g} %", _share(bad, total)
-        other = "correct them"
-        if 2 * long > bad:
-            divisible = findings.kind != PAIRS and config.on_long != "split"
-            other = f"use a larger --max-length{' or --on-long split' if divisible else ''}"
+        other = wider or (fix if "--" in fix else "correct them")
         hint = f"{other}, or go on without them: --max-rejected {needed:g}"
         if elsewhere or findings.noticed.usual and fix.startswith("use --columns "):  # which all of that table have
             hint = fix
@@ -139,6 +154,13 @@ def refuse(findings: Findings, config: PrepareConfig, refused: Path, long_rows: 
                         [*problems, *_listed(findings, refused)])
     _refuse_unknown_columns(findings, config)
     _refuse_a_mixture(findings)
+
+
+def _fix_of_most(findings: Findings) -> str | None:
+    """What mends more than half of the rejected rows; None where no single thing does."""
+    fixes = Counter(item.problems[0].fix for item in findings.examples)
+    fix, rows = fixes.most_common(1)[0] if fixes else ("", 0)
+    return fix if 2 * rows > len(findings.examples) else None
 
 
 def _share(rows: int, total: int) -> float:

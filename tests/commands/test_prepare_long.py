@@ -61,7 +61,7 @@ def test_by_default_a_longer_row_is_left_out_whole(prepare, tiny):
 def test_a_row_that_is_too_long_says_what_would_do(prepare):
     long = row("long", "word " * 60)
     write_rows(Path("rows.jsonl"), [row("good"), long])
-    for policy, reason, fix in (("drop", "", " or --on-long split, or shorten"),
+    for policy, reason, fix in (("drop", "", ", or shorten"),
                                 ("split", ", and no single exchange of it fits", ", or shorten")):
         prepare("rows.jsonl", "--max-length", 80, "--on-long", policy)
         [record] = read("rejected")
@@ -100,9 +100,18 @@ def test_too_many_long_rows_say_which_limit_would_do(prepare):
     write_rows(Path("rows.jsonl"), [talk(1), *(talk(n) for n in range(40, 60))])
     error = prepare("rows.jsonl", "--max-length", LIMIT, "--max-rejected", 0.2, code=2)
     assert error["problems"][0].startswith("20 rows (") and "--max-length " in error["problems"][0]
-    assert error["hint"].startswith("use a larger --max-length or --on-long split")
+    assert error["hint"].startswith("use a larger --max-length, or go on without them"), "no row has parts"
     enough = error["problems"][0].split("--max-length ")[1].split()[0]
     assert prepare("rows.jsonl", "--max-length", enough, "--max-rejected", 0.2)["summary"]["rejected_rows"] <= 1
+
+
+def test_rows_that_have_parts_may_be_divided(prepare):
+    write_rows(Path("rows.jsonl"), [talk(1), *(talk(n, 9) for n in range(40, 60))])
+    error = prepare("rows.jsonl", "--max-length", LIMIT, "--max-rejected", 0.2, code=2)
+    assert error["hint"].startswith("use a larger --max-length or --on-long split, or go on without them: ")
+    write_rows(Path("rows.jsonl"), [talk(n, 9) for n in range(40, 60)])
+    error = prepare("rows.jsonl", "--max-length", LIMIT, code=2)
+    assert error["hint"] == "use a larger --max-length or --on-long split", "also where there are no others"
 
 
 def test_too_many_rows_that_cannot_be_divided_are_not_told_of_what_was_asked_for(prepare):

@@ -483,6 +483,21 @@ def test_more_bad_rows_than_allowed(refused, prepare):
     assert prepare("rows.jsonl", "--max-rejected", 0.29)["summary"]["rejected_rows"] == 29
 
 
+def test_what_mends_most_rows_is_the_hint_also_where_others_have_other_faults(prepare):
+    """Of rows that are named anew, how this run's were read before is told, which does not hold for them."""
+    table = "".join(f"ask {n},say {n}\n" for n in range(9))
+    Path("rows.csv").write_text(f"Customer Message,Agent Reply\n{table}only this\n")
+    hint = ("rename the columns to `messages`, or to `instruction`, `input`, `output`, or name them with --columns "
+            "user=…,assistant=…")
+    assert prepare("rows.csv", code=2)["hint"] == hint
+    columns = "user=Customer Message,assistant=Agent Reply"
+    prepare("rows.csv", "--columns", columns)
+    assert prepare("rows.csv", code=2)["hint"] == f"{hint}; before, this run's data were read with --columns '{columns}'"
+    write_rows(Path("good.jsonl"), rows(3))
+    error = prepare("good.jsonl", "rows.csv", "--max-rejected", 0.2, code=2)
+    assert error["hint"].startswith(f"{hint}, or go on without them: --max-rejected 0.77; before, ")
+
+
 def test_no_bad_row_at_all_is_allowed(refused, prepare):
     write_rows(Path("rows.jsonl"), [*rows(50), {"bad": 1}])
     assert "1 of 51 rows cannot be used" in refused("rows.jsonl", "--max-rejected", 0)["message"]

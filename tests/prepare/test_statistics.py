@@ -203,6 +203,15 @@ def test_the_sentence_says_what_happens_and_what_would_do(on_long, expected):
     assert collected(MANY).long_message(2048, on_long) == expected
 
 
+def test_a_few_rows_that_are_far_longer_do_not_speak_for_all():
+    rows = simple([130] * 55 + [80_000])
+    for on_long, what in (("drop", "left out"), ("split", "divided")):
+        assert collected(rows).long_message(64, on_long).endswith(
+            f"and {what}; --max-length 80000 keeps all, and --max-length 192 keeps 95 % of the rows")
+    assert collected(rows).long_message(2048, "drop").endswith("left out; --max-length 80000 keeps all")
+    assert collected(simple([130] * 55 + [400])).long_message(64, "drop").endswith("; --max-length 448 keeps all")
+
+
 def test_the_sentence_on_a_single_row():
     rows = simple([500] * 999 + [3000])
     assert collected(rows).long_message(2048, "drop") == \
