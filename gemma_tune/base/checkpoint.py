@@ -38,7 +38,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
         config = object_in(path)
     except FileNotFoundError as e:
         raise UserError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json",
-                        _instead(checkpoint)) from e
+                        what_else(checkpoint)) from e
     except PermissionError as e:
         raise unreadable(path) from e
     except (OSError, ValueError) as e:
@@ -76,7 +76,7 @@ def _endless(config: Mapping[str, Any], within: str = "") -> Iterator[str]:
             yield f"{within}{name} is {value:,}"
 
 
-def _instead(folder: Path) -> str:
+def what_else(folder: Path) -> str:
     """What to do with a directory that is taken for a checkpoint."""
     name = shell.quote(str(folder))
     if (folder / ADAPTER_CONFIG).is_file():

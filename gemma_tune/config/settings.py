@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -241,12 +242,15 @@ _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 _SEVERAL = {str: "text", int: "whole numbers", float: "numbers"}
 
 
+_PAIRS = ("columns", "roles", "turn_keys", "parameter")  # settings whose items name something and what it is
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 def converted(kind: Any, value: Any) -> Any:
     """A value of the command line or of YAML as a setting of this type holds it, or as it is where that fails."""
     kinds, _ = _kinds(kind)
+    if isinstance(value, os.PathLike):  # from Python
+        value = (os.fspath(value),) if tuple in kinds else os.fspath(value)
     if tuple in kinds:
         return _listed(_item(kind), value)
     if {int, str} <= kinds and isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
@@ -279,7 +283,9 @@ def misfit(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
     if isinstance(value, str) and str not in kinds and not value.strip(", "):
         return f"{f.name}: is empty"
     if not any(isinstance(value, k) and not (isinstance(value, bool) and k is not bool) for k in kinds):
-        return f"{f.name}: expected {' or '.join(sorted(_NAMES[k] for k in kinds))}, found {shown(value)}"
+        written = "; write NAME=VALUE, with commas between several"
+        return (f"{f.name}: expected {' or '.join(sorted(_NAMES[k] for k in kinds))}, found {shown(value)}"
+                f"{written if f.name in _PAIRS and isinstance(value, dict) else ''}")
     if isinstance(value, tuple):
         item = _item(kind)
         other = [v for v in value if not isinstance(v, item) or isinstance(v, bool)]

@@ -176,7 +176,8 @@ class PrepareConfig(StageConfig):
             problems.append("columns: pairs need `user=…`, `chosen=…` and `rejected=…`, and no others but `system=…`")
         elif self.columns and not problems and "turns" not in roles and not (
                 {"user", "assistant"} <= roles or {"chosen", "rejected"} <= roles):
-            problems.append(f"columns: both `user=…` and `assistant=…` are needed, or `turns=…`{shell.COMMAS}")
+            parted = "; a name with a space stands in quotes" if any("=" in name for name in self.data) else ""
+            problems.append(f"columns: both `user=…` and `assistant=…` are needed, or `turns=…`{parted}{shell.COMMAS}")
         problems += self._name_problems()
         if isinstance(self.max_samples, str):
             problems += problems_of(most_rows(self.max_samples), shown(self.max_samples))

@@ -92,6 +92,20 @@ def how_to_renew(folder: Path) -> str:
     return f"train again: gemma-tune train --run {shell.quote(str(folder.parent))} --force; or {again}"
 
 
+def require_folder(folder: Path) -> None:
+    """An adapter is named by its directory.
+
+    Raises:
+        UserError: there is none; a file of one has it in the hint.
+    """
+    if folder.is_file() and (folder.parent / CONFIG).is_file():
+        raise UserError(f"there is no directory {folder}: it is a file of an adapter",
+                        f"name the adapter: {shell.quote(str(folder.parent))}")
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "name a PEFT adapter's directory with --adapter; one of the "
+                                                           "Hub is downloaded first: hf download NAME --local-dir DIR")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter folder.
 
@@ -99,9 +113,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: missing or damaged.
     """
     path = folder / CONFIG
-    if not folder.is_dir():
-        raise UserError(f"there is no directory {folder}", "name a PEFT adapter's directory with --adapter; one of the "
-                                                           "Hub is downloaded first: hf download NAME --local-dir DIR")
+    require_folder(folder)
     refuse_special(folder)
     try:
         config = object_in(path)

@@ -21,6 +21,7 @@ from gemma_tune.base.files import new_directory
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import counted, size_in_bytes
 from gemma_tune.encoding.tokenizer import load_format, load_tokenizer
+from gemma_tune.lora.config import require_folder
 from gemma_tune.lora.files import Adapter, read_adapter
 from gemma_tune.merge.base import INPUT, with_base
 from gemma_tune.merge.card import model_card
@@ -90,8 +91,7 @@ def _with_adapter(session: Session) -> tuple[Session, dict[str, Path]]:
                                   f"--adapter names that one again")
         return session, {}
     path = Path(os.path.expanduser(named))
-    if not path.is_dir():
-        raise UserError(f"there is no directory {named}", "name a PEFT adapter's directory with --adapter")
+    require_folder(path)
     config = replace(session.config, adapter=session.run.relative(path))
     return replace(session, resolved=replace(session.resolved, config=config)), {"adapter": path}
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base import shell
+from gemma_tune.base.checkpoint import ADAPTER_CONFIG, what_else
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.base.words import counted, model_name, near
 from gemma_tune.config.families import family_defaults, full_defaults
+from gemma_tune.config.habits import meant_in_file
 from gemma_tune.config.settings import (
     Resolved,
     StageConfig,
@@ -42,6 +46,8 @@ from gemma_tune.run.unrecorded import current_manifest
 # Stages that look at a model's configuration and tokenizer before they ask for its weights, if they do at all:
 # `prepare` needs none, and `train` looks first whether it has the memory for them.
 _WITHOUT_WEIGHTS = ("prepare", "train")
+
+_DEMO = re.compile(r"; `--model demo` needs no \w+")  # in hints of the Hub: no adapter is made for that model
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,8 @@ def _naming(adapter: str | None, option: str | None) -> Iterator[None]:
     try:
         yield
     except UserError as e:
+        if e.hint and (adapter is not None or option):
+            e.reword(e.message, _DEMO.sub("", e.hint))
         if adapter is not None:
             e.reword(f"the base model that the adapter {adapter} names: {e.message}",
                      f"{e.hint}; or {how_to_name_base(Path(adapter))}")
@@ -242,9 +250,16 @@ def _is_quantised(root: Path, listener: Listener) -> bool:
 
 def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
-    if problems := [f"{name}: there is no such setting{near(name, known)}" for name in settings if name not in known]:
+    if problems := [f"{name}: there is no such setting{_otherwise(name, cls.section) or near(name, known)}"
+                    for name in settings if name not in known]:
         raise UserError(f"{counted(len(problems), 'setting')} of `{cls.section}` cannot be used",
                         f"see `gemma-tune {cls.section} --help` for what settings there are", problems)
+
+
+def _otherwise(name: str, stage: str) -> str:
+    """The end of a sentence on a setting that another program calls so, with what it is here."""
+    here = meant_in_file(name)
+    return f"; {here.replace(f' below `{stage}:`', '')}" if here else ""
 
 
 def base_moved(root: Path, recorded: Mapping[str, Any]) -> UserError | None:
@@ -268,7 +283,7 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
     manifest = current_manifest(root)
     if manifest is None:
         if not starts:
-            raise no_run(root, *(("--model", wanted) if wanted else ()))
+            raise _no_run(root, wanted)
         model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
         return model, Manifest(model.record(root))
     recorded = manifest.model
@@ -286,6 +301,18 @@ def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, st
         listener.warn(f"the base model {model.id} has changed since this run began; what was made from it is stale")
     manifest.model = model.record(root)
     return model, manifest
+
+
+def _no_run(root: Path, wanted: str | None) -> UserError:
+    """What to say where there is no run; also of models that are none to begin one with, as they came of another."""
+    if wanted:
+        folder = Path(os.path.expanduser(wanted))
+        if (folder / ADAPTER_CONFIG).is_file():
+            return UserError(f"{root} is not a run yet, and {wanted} is an adapter", what_else(folder))
+        if (folder.parent / "manifest.json").is_file():
+            return UserError(f"{root} is not a run yet, and {wanted} lies in one",
+                             f"name that one: --run {shell.quote(str(folder.parent))}")
+    return no_run(root, *(("--model", wanted) if wanted else ()))
 
 
 def refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseModel) -> None:

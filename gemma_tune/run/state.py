@@ -158,8 +158,9 @@ def require_output(run: RunDir, manifest: Manifest, stage: str, maker: str, outp
     state = state_of(run, manifest, maker)
     make_it = command(maker, run.root)
     if state.status == "missing":
+        named = command("prepare YOUR.jsonl", run.root) if maker == "prepare" else make_it  # not the example's
         raise UserError(f"`{stage}` needs what `{maker}` makes, and {run.root} does not have it yet",
-                        f"run it first: {make_it}")
+                        f"run it first: {named}")
     if state.status == "damaged":
         for item in manifest.stages[maker]["outputs"].values():
             require_readable(run.root / item["path"])

@@ -266,8 +266,17 @@ def test_the_stages_need_no_command_line():
 
 def test_python_is_told_of_settings_that_there_are_not(tiny):
     with pytest.raises(UserError) as caught:
-        open_session("train", model=str(tiny), epoch=3, rank=4)
-    assert caught.value.problems == ("epoch: there is no such setting; did you mean `epochs`?",)
+        open_session("train", model=str(tiny), epochs_=3, lora_r=8, cutoff_len=512, rank=4)
+    assert caught.value.problems == (
+        "epochs_: there is no such setting; did you mean `epochs`?", "lora_r: there is no such setting; here it is `rank`",
+        "cutoff_len: there is no such setting; here it is `max_length` below `prepare:`")
+
+
+@pytest.mark.parametrize("data", [Path("my, rows.jsonl"), [Path("my, rows.jsonl")]])
+def test_python_may_name_paths_as_paths(tiny, data):
+    write_rows(Path("my, rows.jsonl"), rows(4))
+    session = open_session("prepare", Path("runs/paths"), model=str(tiny), data=data, valid=Path("held.jsonl"))
+    assert (session.config.data, session.config.valid) == (("my, rows.jsonl",), "held.jsonl")
 
 
 @pytest.mark.parametrize("stage, meant", [("export", "export-ollama"), ("export_ollama", "export-ollama"), ("evaluate", "eval")])

@@ -155,7 +155,9 @@ NOT_ROLE_AND_COLUMN = "is not of the form ROLE=COLUMN with the roles user, assis
     ({"valid": 2.5}, ["valid: 2.5 is neither"]),
     ({"format": "columns"}, ["format: `columns` needs --columns user=…,assistant=…"]),
     ({"format": "alpaca", "columns": COLUMNS}, ["columns: they exclude --format alpaca"]),
-    ({"columns": "user=question"}, ["columns: both `user=…` and `assistant=…` are needed"]),
+    ({"columns": "user=question"}, ["columns: both `user=…` and `assistant=…` are needed, or `turns=…`"]),
+    ({"columns": "user=Customer", "data": ["Message,assistant=Reply"]},  # as a shell parts what is not in quotes
+     ["columns: both `user=…` and `assistant=…` are needed, or `turns=…`; a name with a space stands in quotes"]),
     ({"columns": "assistant=answer,system=s"}, ["columns: both `user=…` and `assistant=…` are needed"]),
     ({"columns": "question,assistant="}, [f"columns: 'question' {NOT_ROLE_AND_COLUMN}",
                                           f"columns: 'assistant=' {NOT_ROLE_AND_COLUMN}"]),
@@ -341,7 +343,8 @@ def test_an_empty_file_sets_nothing(text):
     ("prepare: {valid: true}", ["prepare.valid: expected a number or text, found True"]),
     ("prepare: {valid: [valid.jsonl]}", ["prepare.valid: expected a number or text, found ['valid.jsonl']"]),
     ("prepare: {max_rejected: 1.5}", ["prepare.max_rejected: 1.5 is above the largest possible 1"]),
-    ("prepare: {columns: {user: q}}", ["prepare.columns: expected a list, found {'user': 'q'}"]),
+    ("prepare: {columns: {user: q}}", ["prepare.columns: expected a list, found {'user': 'q'}; write NAME=VALUE, with commas "
+                                         "between several"]),
     ("prepare: {format: chatml}", ["prepare.format: 'chatml' is not one of messages, alpaca, sharegpt"]),
     ("prepare: {seed: 4294967296}", ["prepare.seed: 4294967296 is above the largest possible 4294967295"]),
     ("export-ollama: {name: no}", ["export-ollama.name: expected text, found False"]),

@@ -340,6 +340,9 @@ def test_a_base_that_cannot_be_had_keeps_its_kind_of_error(cli, trained, tiny, t
         assert (error["kind"], found.code) == ("no_token", 2), error
         assert error["message"].startswith(f"the base model that the adapter {away} names: ")
         assert "hf auth login" in error["hint"] and "--base ID" in error["hint"]
+        named = cli("merge", "--adapter", away, "--base", "some/model", "--run", "other", "--json").json["error"]
+        assert "hf auth login" in named["hint"]
+        assert not any("demo" in hint for hint in (error["hint"], named["hint"])), "it is not what the adapter is for"
 
 
 @pytest.mark.parametrize("base", ["gone/model.gguf", "some/other"])
@@ -355,6 +358,31 @@ def test_what_is_no_adapter_is_refused(cli, tmp_path, name, said):
     (tmp_path / "file").write_text("")
     result = cli("merge", "--adapter", tmp_path / name)
     assert result.code == 2 and said in result.err
+
+
+def test_a_file_of_an_adapter_is_told_with_its_directory(cli, trained, tiny):
+    adapter = trained / "tiny-gemma_lora_adapter"
+    for more in ((), ("--base", tiny, "--run", "other")):
+        result = cli("merge", "--adapter", adapter / "adapter_model.safetensors", *more)
+        assert result.code == 2 and result.err.endswith(f"Hint: name the adapter: {adapter}\n"), result.err
+
+
+def test_a_run_without_data_of_its_own_asks_for_them_before_a_training(cli, trained, tiny):
+    """`prepare` alone would take the built-in example."""
+    assert cli("merge", "--adapter", trained / "tiny-gemma_lora_adapter", "--base", tiny, "--run", "other", "--no-check").code == 0
+    result = cli("train", "--run", "other")
+    assert result.code == 2 and result.err.endswith("Hint: run it first: gemma-tune prepare YOUR.jsonl --run other\n"), result.err
+
+
+@pytest.mark.parametrize("command", ["chat", "eval", "export-ollama"])
+def test_what_came_of_a_run_is_no_model_to_name_instead(cli, trained, command):
+    adapter = trained / "tiny-gemma_lora_adapter"
+    result = cli(command, "--model", adapter)
+    assert result.code == 2 and f"`gemma-tune merge --run runs/{adapter.name} --adapter {adapter}`" in result.err
+    merged = trained / "tiny-gemma_lora_merged"
+    merged.mkdir()
+    result = cli(command, "--model", merged)
+    assert result.code == 2 and result.err.endswith(f"Hint: name that one: --run {trained}\n"), result.err
 
 
 def test_a_run_in_the_place_of_its_adapter_is_told_with_the_adapter(cli, trained, tiny, tmp_path):
