@@ -17,8 +17,10 @@ from gemma_tune.export.files import ExportSource
 from gemma_tune.export.sensitivity import Costs
 from gemma_tune.gguf.architectures.parts import TensorSpec
 from gemma_tune.gguf.mix import FEW_BITS, Matrix, best_mix, types_for
+from gemma_tune.gguf.planned import padded
+from gemma_tune.gguf.tensors import tensors_of
 from gemma_tune.gguf.types import COARSE, MIXED, choose_types, nbytes
-from gemma_tune.gguf.writer import padded, tensors_of, vocabulary_bytes
+from gemma_tune.gguf.writer import vocabulary_bytes
 
 # Tokens times parameters, as for the calibration itself.
 _WORK = 1_000_000_000_000

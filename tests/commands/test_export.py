@@ -131,15 +131,15 @@ def test_bad_names_are_refused_before_any_work(export, merged):
 
 
 def test_a_gguf_that_does_not_hold_the_weights_is_noticed(export, merged, monkeypatch):
-    from gemma_tune.gguf import writer as gguf_writer
+    from gemma_tune.gguf import tensors
 
-    plain = gguf_writer.PlannedTensor.chunks
+    plain = tensors.PlannedTensor.chunks
 
     def wrong(self, *elements):
         for values in plain(self, *elements):
             yield values * 1.05 if self.spec.name == "blk.1.attn_q.weight" else values
 
-    monkeypatch.setattr(gguf_writer.PlannedTensor, "chunks", wrong)
+    monkeypatch.setattr(tensors.PlannedTensor, "chunks", wrong)
     result = export()
     assert result.code == 1
     assert "blk.1.attn_q.weight" in result.err

@@ -17,7 +17,7 @@ from gemma_tune.export import calibration, expert_inputs, token_weights
 from gemma_tune.export.calibration import Calibration
 from gemma_tune.export.expert_inputs import ExpertInputs
 from gemma_tune.export.quant_loss import measure
-from gemma_tune.gguf import writer
+from gemma_tune.gguf import tensors
 from gemma_tune.gguf.architectures.experts import in_model
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
@@ -180,7 +180,7 @@ def write(folder, known: Calibration | None, kind: Type = Type.Q4_0, quant: str 
 
 @pytest.mark.parametrize("elements", [13 * 64, 1 << 20], ids=["some rows of one", "several at once"])
 def test_a_file_has_each_expert_as_its_own_inputs_round_it(made, elements, monkeypatch):
-    monkeypatch.setattr(writer, "CALIBRATED_ELEMENTS", elements)
+    monkeypatch.setattr(tensors, "CALIBRATED_ELEMENTS", elements)
     known = calibration_of(made)
     file, stored = GgufFile(write(made, known).path, keys=()), {p.source: known.model.stored(p.source) for p in products(known)}
     for spec in parts_of(made).architecture.tensors:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
 from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.gguf import tensors as gguf_tensors
 from gemma_tune.gguf import writer as gguf_writer
 from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.gguf.vocabulary.sentencepiece import load_sentencepiece_vocab, sentencepiece_model_from_gguf
@@ -163,9 +164,9 @@ def test_quantised_errors_stay_within_the_block_scale(
 def test_small_chunks_write_the_same_bytes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = export(tiny.folder, tmp_path / "whole.gguf", "q4_0").path.read_bytes()
     sizes = []
-    quantise = gguf_writer.quantise
-    monkeypatch.setattr(gguf_writer, "quantise", lambda rows, kind: sizes.append(rows.size) or quantise(rows, kind))
-    monkeypatch.setattr(gguf_writer, "CHUNK_ELEMENTS", 64 * 5)
+    quantise = gguf_tensors.quantise
+    monkeypatch.setattr(gguf_tensors, "quantise", lambda rows, kind: sizes.append(rows.size) or quantise(rows, kind))
+    monkeypatch.setattr(gguf_tensors, "CHUNK_ELEMENTS", 64 * 5)
     assert export(tiny.folder, tmp_path / "chunks.gguf", "q4_0").path.read_bytes() == whole
     assert 0 < max(sizes) <= 64 * 5 < sum(sizes)
 
@@ -199,7 +200,7 @@ def test_rows_that_fall_back_are_told_of_llama_quantizes_files_too(tmp_path: Pat
 @pytest.mark.parametrize("differs", [True, False])
 def test_an_output_head_is_written_only_when_it_differs(editable: Path, tmp_path: Path, differs: bool,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_writer, "CHUNK_ELEMENTS", 64 * 5)  # the last row comes long after the first
+    monkeypatch.setattr(gguf_tensors, "CHUNK_ELEMENTS", 64 * 5)  # the last row comes long after the first
     head = load_file(editable / "model.safetensors")["model.embed_tokens.weight"].clone()
     if differs:
         head[-1, -1] += 1

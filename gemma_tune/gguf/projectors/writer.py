@@ -2,62 +2,53 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import replacing
 from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
-from gemma_tune.gguf.projectors.parts import ARCHITECTURE, Projector, TowerTensor
-from gemma_tune.gguf.types import FILE_TYPES, LARGEST, TypeChoice, nbytes, quantise
-from gemma_tune.gguf.writer import (
-    METADATA_MARGIN,
+from gemma_tune.gguf.planned import (
     GgufSummary,
+    OnTensor,
+    Planned,
+    add_format,
     add_general,
-    add_tensor_infos,
     largest_magnitude,
-    padded,
-    require_space,
-    write_file,
+    write_planned,
 )
+from gemma_tune.gguf.projectors.parts import ARCHITECTURE, Projector, TowerTensor
+from gemma_tune.gguf.types import LARGEST, TypeChoice, quantise
 
 QUANT = "f16"
 
 
 @dataclass(frozen=True)
-class PlannedTower:
-    """One tensor on its way into the file, as ``gguf.writer.Planned`` asks for it."""
+class PlannedTower(Planned):
+    """One tensor of the projector."""
 
     spec: TowerTensor
     stored: StoredTensor
     choice: TypeChoice
 
-    @property
-    def nbytes(self) -> int:
-        return nbytes(self.choice.type, self.spec.shape)
-
-    def tofile(self, file: BinaryIO) -> None:
-        file.write(np.ascontiguousarray(quantise(_values(self.spec, self.stored), self.choice.type)).data)
+    def encoded(self) -> Iterator[np.ndarray]:
+        yield quantise(_values(self.spec, self.stored), self.choice.type)
 
 
 def write_projector(
     projector: Projector, checkpoint: Path, path: Path, *, name: str,
-    on_progress: Callable[[int, int, str], None] | None = None,
+    on_progress: OnTensor | None = None,
 ) -> GgufSummary:
     """Write what ``projector_of`` made of ``checkpoint`` as the GGUF file ``path``.
 
     Args:
         path: an earlier file is replaced only when the new one is whole.
         name: the model's name for people.
-        on_progress: called after each tensor with how many are done, how many there are, and its name.
+        on_progress: called after each tensor.
 
     Returns:
         What was written; ``fallbacks`` are matrices in float32, whose values float16 does not hold.
@@ -67,19 +58,13 @@ def write_projector(
         WorkFailed: not enough disk space, or writing failed. ``path`` is then as it was.
     """
     plan = [PlannedTower(spec, stored, _choice(spec, stored)) for spec, stored in towers_of(projector, checkpoint)]
-    with replacing(path) as partial, ExitStack() as stack:
-        require_space(path.parent, sum(padded(tensor.nbytes) for tensor in plan) + METADATA_MARGIN)
-        writer = gguf.GGUFWriter(partial, ARCHITECTURE)
-        stack.callback(writer.close)
-        add_tensor_infos(writer, plan)
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
         add_general(writer, name, gguf.GGUFType.MMPROJ)
         projector.metadata(writer)
-        writer.add_file_type(FILE_TYPES[QUANT])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        write_file(writer, plan, on_progress)
-    types = dict(Counter(tensor.choice.type.name for tensor in plan))
-    fallbacks = tuple((tensor.spec.name, tensor.choice.fallback) for tensor in plan if tensor.choice.fallback)
-    return GgufSummary(path, path.stat().st_size, QUANT, types, fallbacks)
+        add_format(writer, QUANT)
+
+    return write_planned(path, ARCHITECTURE, plan, QUANT, metadata, on_tensor=on_progress)
 
 
 def towers_of(projector: Projector, checkpoint: Path) -> list[tuple[TowerTensor, StoredTensor]]:
