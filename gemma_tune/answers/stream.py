@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_tune.answers import decoding
@@ -148,6 +148,29 @@ class Streaming:
         finally:
             self.seconds = time.perf_counter() - self.begun
             self._pieces.end()
+
+
+class Told(Streaming):
+    """An answer that another program makes and tells in pieces of text, whose tokens it counts itself."""
+
+    def __init__(self, pieces: Pieces, prompt_tokens: int | None = None):
+        self._tokens = 0
+        super().__init__(pieces, prompt_tokens)
+
+    def answer(self) -> Answer:
+        return Answer(self._pieces.text, self._tokens, self._pieces.ended)
+
+    def _make(self) -> None:
+        with contextlib.closing(self._told()) as told:
+            for text in told:
+                if text:
+                    self._pieces.say(text)
+                if self.stopping.is_set():
+                    break
+
+    def _told(self) -> Generator[str, None, None]:
+        """The pieces, which can be empty; beside them it keeps the count of tokens and whether the model has ended."""
+        raise NotImplementedError
 
 
 class Stream(Streaming):

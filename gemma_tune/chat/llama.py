@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma_tune.answers.generation import Answer, prompt_ids, room_in
 from gemma_tune.answers.sampling import arguments_of
-from gemma_tune.answers.stream import Pieces, Streaming
+from gemma_tune.answers.stream import Pieces, Told
 from gemma_tune.base.checkpoint import context_length, generation_settings, read_config
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import exported, without_gguf
@@ -40,47 +40,33 @@ def sampling(arguments: dict[str, Any], seed: int | None) -> dict[str, Any]:
                       **({} if seed is None else {"seed": seed})}
 
 
-class LlamaStream(Streaming):
+class LlamaStream(Told):
     """An answer of llama.cpp to a prompt of token ids."""
 
     def __init__(self, engine: Engine, chat: ChatFormat, ids: list[int], limit: int, settings: dict[str, Any]):
         self._engine, self._ids, self._limit, self._settings = engine, ids, limit, settings
-        self._tokens = 0
         super().__init__(Pieces(chat), len(ids))
 
-    def answer(self) -> Answer:
-        return Answer(self._pieces.text, self._tokens, self._pieces.ended)
-
-    def _make(self) -> None:
+    def _told(self) -> Generator[str, None, None]:
         with contextlib.closing(self._engine.stream(self._ids, self._limit, **self._settings)) as parts:
             for text, self._tokens, self._pieces.ended in parts:
-                if text:
-                    self._pieces.say(text)
-                if self.stopping.is_set():
-                    break
+                yield text
 
 
-class LlamaTalk(Streaming):
+class LlamaTalk(Told):
     """An answer of llama.cpp to a conversation with pictures, whose prompt it makes itself."""
 
     def __init__(self, engine: Engine, chat: ChatFormat, messages: Any, limit: int, settings: dict[str, Any]):
         self._engine, self._limit, self._settings = engine, limit, settings
         self._asked = [{"role": turn["role"], "content": turn["content"]} for turn in map(with_parts, messages)], [
             as_png(picture) for picture in pictures_in(messages)]
-        self._tokens = 0
-        super().__init__(Pieces(chat), None)
+        super().__init__(Pieces(chat))
 
-    def answer(self) -> Answer:
-        return Answer(self._pieces.text, self._tokens, self._pieces.ended)
-
-    def _make(self) -> None:
+    def _told(self) -> Generator[str, None, None]:
         with contextlib.closing(self._engine.talk(*self._asked, self._limit, **self._settings)) as parts:
             for text, self._tokens, self._pieces.ended, read in parts:
                 self.prompt_tokens = read or None
-                if text:
-                    self._pieces.say(text)
-                if self.stopping.is_set():
-                    break
+                yield text
 
 
 @dataclass
@@ -102,7 +88,7 @@ class LlamaVoice:
     _sees: bool = False
     _seed: int | None = None
 
-    def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Streaming:
+    def ask(self, messages: Any, config: ChatConfig, tools: Any = None) -> Told:
         if any(pictures_in(messages)):
             if tools or any("tool_calls" in turn for turn in messages):
                 raise UserError("tools beside a picture are not asked through llama.cpp",

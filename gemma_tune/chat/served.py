@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_tune.answers.generation import Answer
-from gemma_tune.answers.stream import Pieces, Streaming
+from gemma_tune.answers.stream import Pieces, Told
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.chat.choice import figures_of
 from gemma_tune.chat.pictures import as_png
@@ -29,29 +29,22 @@ from gemma_tune.run.session import Session
 _OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
 
 
-class OllamaStream(Streaming):
-    """An answer of Ollama, whose text comes in pieces and whose tokens are counted there."""
+class OllamaStream(Told):
+    """An answer of Ollama."""
 
     def __init__(self, server: Server, name: str, messages: Any, options: dict[str, Any], tools: Any,
                  think: bool | None = None):
         self._asked = server, name, messages, options, tools, think
-        self._tokens = 0
-        super().__init__(Pieces(None), None)
+        super().__init__(Pieces(None))
 
-    def answer(self) -> Answer:
-        return Answer(self._pieces.text, self._tokens, self._pieces.ended)
-
-    def _make(self) -> None:
+    def _told(self) -> Generator[str, None, None]:
         for text, part in texts(talk(*self._asked)):
-            if text:
-                self._tokens += 1  # until the count comes
-                self._pieces.say(text)
+            self._tokens += bool(text)  # until the count comes
             if part.get("done"):
                 self._tokens = part.get("eval_count") or self._tokens
                 self.prompt_tokens = part.get("prompt_eval_count")
                 self._pieces.ended = part.get("done_reason") == "stop"
-            if self.stopping.is_set():
-                break
+            yield text
 
 
 @dataclass

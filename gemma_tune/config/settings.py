@@ -176,7 +176,7 @@ def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any]
 
     Args:
         flags: values given on the command line by field name; ``None`` and empty tuples count as not given.
-        from_file: the stage's section of the YAML file, already checked by :func:`load_yaml`.
+        from_file: the stage's section of the YAML file, already checked by ``settings_file.load_yaml``.
         family: defaults of the model's family for this stage.
 
     Raises:

@@ -25,7 +25,7 @@ LIST = "\0"  # in a text: the list of tools stands here
 
 @dataclass(frozen=True)
 class ToolTurns:
-    """What a template writes where there are tools, in place of or beside what :class:`Turns` has.
+    """What a template writes where there are tools, in place of or beside what ``turns.Turns`` has.
 
     Args:
         bare: whether a tool is written as its ``function`` alone.

@@ -192,7 +192,7 @@ def keep_stamps(run: RunDir, manifest: Manifest) -> None:
     For commands that change nothing else. While another one works on the run, or where it cannot be written, nothing
     happens: the files are read again the next time.
     """
-    found = {key: item for key, item in _stamped(manifest)}
+    found = dict(_stamped(manifest))
     with contextlib.suppress(UserError, OSError):
         if not _restamp(read_manifest(run.root), found):
             return
