@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, directory swaps, fingerprints.
+"""Files that are either whole or not there: atomic writes and directory swaps.
 
 What is being made lies beside its place as ``.new-<name>``. Replacing a directory takes two renames. Between them the
 old one lies beside its place as ``.old-<name>``; :func:`recover` puts it back after a crash, so that nothing finished
@@ -14,23 +14,19 @@ import glob
 import hashlib
 import json
 import os
-import select
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base.checkpoint import VOCABULARY
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.refusals import FORBIDDEN, FULL, NotWritten, may_read, refusal, unreadable
 
 NEW, OLD = ".new-", ".old-"
 PACKAGE = Path(__file__).parents[1]  # the directory of gemma_tune
 _CHUNK = 1 << 20
-PIPE_SECONDS = 10.0  # that a pipe is waited for
 _IN_USE, _DENIED = (32, 33), 5  # Windows' errors of a file that is open in, or locked by, another program
 _SCANNED = 2.0  # seconds that a virus scanner or an indexer has a new file open, at most
 _line_of = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes a new one for each call
@@ -97,60 +93,6 @@ def _elsewhere(root: Path) -> str:
     if (root / "manifest.json").is_file():
         return f"copy the run, the whole directory {root}, to where you can write, and name that with --run DIR"
     return "choose another place with --run DIR"
-
-
-def read_bounded(path: Path, most: int) -> bytes:
-    """The content of a small file, also of a device or of a pipe that something writes into, as a shell's ``<(…)``.
-
-    Raises:
-        UserError: it has more than ``most`` bytes, or is a pipe that nobody writes into.
-        OSError: it cannot be read.
-    """
-    at_once = getattr(os, "O_NONBLOCK", 0)  # by itself, opening a pipe waits for its writer; Windows has no such files
-    fd = os.open(path, os.O_RDONLY | at_once)
-    try:
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            content = _from_pipe(path, fd, most)
-        else:
-            if at_once:
-                os.set_blocking(fd, True)
-            with open(fd, "rb", closefd=False) as file:
-                content = file.read(most + 1)
-    finally:
-        os.close(fd)
-    if len(content) > most:
-        raise UserError(f"{path} has more than {most >> 10:,} KiB, which is no such file", "check the path")
-    return content
-
-
-def _from_pipe(path: Path, fd: int, most: int) -> bytes:
-    # What a shell opened for this command has a writer, or had one; a pipe with a name of its own may never have.
-    patience = None if "pipe:[" in os.path.realpath(path) or str(path).startswith("/dev/") else PIPE_SECONDS
-    parts: list[bytes] = []
-    while sum(map(len, parts)) <= most:
-        if not select.select([fd], [], [], patience)[0]:
-            raise UserError(f"{path} is a pipe into which nothing is written", "name a file, or write into the pipe")
-        try:
-            part = os.read(fd, _CHUNK)
-        except BlockingIOError:
-            continue
-        if not part:
-            break
-        parts.append(part)
-    return b"".join(parts)
-
-
-def refuse_special(folder: Path) -> None:
-    """Refuse a model's or an adapter's directory in which pipes, sockets or devices lie: to read them may never end.
-
-    Raises:
-        UserError: all of them.
-    """
-    found = sorted(str(path) for place in (folder, folder / "additional_chat_templates") if place.is_dir()
-                   for path in place.iterdir() if path.exists() and not (path.is_file() or path.is_dir()))
-    if found:
-        raise UserError(f"{folder} holds what is no file: {', '.join(found)}",
-                        "copy or download it again; pipes, sockets and devices are not read")
 
 
 def sync(path: Path) -> None:
@@ -364,99 +306,6 @@ def sha256_file(path: Path) -> str:
         while block := f.read(_CHUNK):
             digest.update(block)
     return digest.hexdigest()
-
-
-# What decides what a Hugging Face checkpoint computes; runs and other things may lie in the same directory.
-CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
-                    "special_tokens_map.json", "added_tokens.json", *VOCABULARY, "merges.txt", "chat_template*",
-                    "additional_chat_templates/*.jinja")
-
-
-def _members(path: Path, patterns: Sequence[str]) -> list[tuple[str, Path]]:
-    if path.is_file():
-        return [(path.name, path)]
-    if patterns:
-        return sorted((p.name, p) for p in {p for pattern in patterns for p in path.glob(pattern)} if p.is_file())
-    return sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*")
-                  if p.is_file() and not p.name.startswith("."))
-
-
-def fingerprint(path: Path, known: dict[str, Any] | None = None, patterns: Sequence[str] = (),
-                name: str | None = None) -> dict[str, Any]:
-    """sha256, size in bytes and a stamp (names, sizes, modification times) of a file or a directory's files.
-
-    Hidden files do not count; ``patterns`` restricts a directory to such files directly in it. With ``known``, an
-    earlier result of this function, the content is read again only if the stamp differs: a fingerprint of several
-    gigabytes is otherwise too slow to check before every stage.
-
-    Args:
-        name: what a file will be called, if it has another name now.
-
-    Raises:
-        FileNotFoundError: if ``path`` does not exist.
-    """
-    single, members, stamp, size = _looked_at(path, patterns, name)
-    if known and known.get("stamp") == stamp:
-        return {"sha256": known["sha256"], "bytes": size, "stamp": stamp}
-    digest = hashlib.sha256()
-    for own, member, _ in members:
-        digest.update(b"" if single else f"{own}\0{sha256_file(member)}\n".encode())
-    sha = sha256_file(path) if single else digest.hexdigest()
-    return {"sha256": sha, "bytes": size, "stamp": stamp}
-
-
-def size_and_stamp(path: Path, patterns: Sequence[str], name: str | None) -> tuple[int, str]:
-    """Size in bytes and stamp of a :func:`fingerprint`, for which nothing is read.
-
-    Raises:
-        FileNotFoundError: if ``path`` does not exist.
-    """
-    _, _, stamp, size = _looked_at(path, patterns, name)
-    return size, stamp
-
-
-def _looked_at(path: Path, patterns: Sequence[str], name: str | None) -> tuple[bool, list[Any], str, int]:
-    """Whether it is a file, its members with their names and what the system says of them, its stamp and its size."""
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    single = path.is_file()
-    members = [(name if single and name else own, p, p.stat()) for own, p in _members(path, patterns)]
-    stamp = hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, _, s in members]).encode()).hexdigest()
-    return single, members, stamp, sum(s.st_size for _, _, s in members)
-
-
-CACHE = "GEMMA_TUNE_CACHE"
-_OTHER_CACHE = f"set {CACHE} to a directory for it"
-
-
-def cache_dir() -> Path:
-    """Where checkpoints made from GGUF files are kept: ``GEMMA_TUNE_CACHE``, else the user's cache directory.
-
-    Raises:
-        UserError: it would lie in a home directory that is not known.
-    """
-    configured = os.environ.get(CACHE)
-    named = configured or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gemma-tune")
-    path = os.path.expanduser(named)
-    if path.startswith("~"):  # no HOME, and a user without an entry in the system's list, as in a container
-        raise UserError(f"there is no place for the cache: the home directory in {named} is not known", _OTHER_CACHE)
-    return Path(path)
-
-
-@contextmanager
-def cache_errors() -> Iterator[None]:
-    """Turn an operating system's refusal while working in the cache into an error that names its variable."""
-    try:
-        yield
-    except Exception as e:
-        refused = refusal(e, cache_dir())
-        if refused is None:
-            raise
-        place = refused.filename or cache_dir()
-        if refused.errno in (*FULL, errno.EFBIG):
-            raise WorkFailed(f"there is no room in the cache: {place}: {refused.strerror}",
-                             f"free some space, or {_OTHER_CACHE}") from e
-        raise UserError(f"the cache cannot be used: {place}: {refused.strerror or refused}", _OTHER_CACHE) from e
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint, size_and_stamp
+from gemma_tune.base.fingerprints import CHECKPOINT_FILES, fingerprint, size_and_stamp
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.refusals import require_readable
 from gemma_tune.cli.run_figures import best_so_far, disk_usage, stage_lines

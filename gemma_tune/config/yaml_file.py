@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import read_bounded
+from gemma_tune.base.special import read_bounded
 
 _MOST_BYTES = 1 << 20
 _MOST_VALUES = 10_000  # with each alias counted as all that it stands for; there are some dozens of settings

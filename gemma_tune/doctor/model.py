@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_tune.base.files import cache_dir
+from gemma_tune.base.cache import cache_dir
 from gemma_tune.base.words import gigabytes, size_text
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.doctor.finding import BROKEN, LOOK, OK, Finding

@@ -16,8 +16,8 @@ from gemma_tune.base import shell
 from gemma_tune.base.checkpoint import ADAPTER_CONFIG as CONFIG
 from gemma_tune.base.checkpoint import ADAPTER_WEIGHTS as WEIGHTS  # noqa: F401 - of the same files, for who reads both
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import refuse_special
 from gemma_tune.base.refusals import unreadable
+from gemma_tune.base.special import refuse_special
 from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import shown
 from gemma_tune.lora.experts import PARAMETERS

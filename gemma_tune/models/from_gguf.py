@@ -17,9 +17,10 @@ from typing import Any
 
 from gguf import Keys
 
+from gemma_tune.base.cache import cache_dir, cache_errors
 from gemma_tune.base.checkpoint import unfit_keys
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import cache_dir, cache_errors, lend, replacing_directory, write_json
+from gemma_tune.base.files import lend, replacing_directory, write_json
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.base.words import first_line, model_name

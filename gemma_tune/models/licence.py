@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.cache import cache_dir
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import cache_dir
 from gemma_tune.models.source import DEMO, BaseModel
 
 _ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # how the Hub writes licences: gemma, apache-2.0, bigcode-openrail-m

@@ -16,19 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base import shell
+from gemma_tune.base.cache import cache_dir, cache_errors
 from gemma_tune.base.checkpoint import read_config
 from gemma_tune.base.content import FETCH, GGUF, described, head_of, is_pointer
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import (
-    CHECKPOINT_FILES,
-    cache_dir,
-    cache_errors,
-    fingerprint,
-    refuse_special,
-    seen_from,
-    unfinished,
-)
+from gemma_tune.base.files import seen_from, unfinished
+from gemma_tune.base.fingerprints import CHECKPOINT_FILES, fingerprint
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.special import refuse_special
 from gemma_tune.base.tensors import open_tensors
 from gemma_tune.base.words import model_name, nearest
 from gemma_tune.lora.config import refuse_embedded_adapter

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import CHECKPOINT_FILES, fingerprint, sha256_file
+from gemma_tune.base.files import sha256_file
+from gemma_tune.base.fingerprints import CHECKPOINT_FILES, fingerprint
 from gemma_tune.base.strict_json import object_in
 
 COMPLETE = "complete.json"  # written last into a cached checkpoint: its existence means that the conversion completed

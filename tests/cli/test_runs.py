@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from rich.cells import cell_len
 
-from gemma_tune.base import files
+from gemma_tune.base import fingerprints
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import small_size
 from gemma_tune.cli import screen, status
@@ -68,7 +68,7 @@ def test_what_is_large_is_not_read_for_its_time_stamp(cli, trained, monkeypatch)
     os.utime(weights, (1, 1))
     with monkeypatch.context() as patch:
         patch.setattr(status, "_LARGE", 10)
-        patch.setattr(files, "sha256_file", lambda path: pytest.fail(f"{path} is read"))
+        patch.setattr(fingerprints, "sha256_file", lambda path: pytest.fail(f"{path} is read"))
         looked = cli("status", "--json")
     assert looked.code == 0, looked.err
     assert looked.json["unread"] == [ADAPTER] and looked.json["stages"]["train"]["state"] == "done"

@@ -470,7 +470,7 @@ def test_long_prompts_are_shortened_or_left_out_with_a_note(cli, many):
 
 def record(run: Path, stage: str, output: str) -> None:
     """Take an output as it is now for the stage's own."""
-    from gemma_tune.base.files import fingerprint
+    from gemma_tune.base.fingerprints import fingerprint
 
     manifest = json.loads((run / "manifest.json").read_text())
     entry = manifest["stages"][stage]["outputs"][output]

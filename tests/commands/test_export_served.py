@@ -33,7 +33,7 @@ def export(cli, merged, monkeypatch, go_cache):
 
 def test_the_column_is_the_servers_and_follows_it(cli, merged, go_cache, monkeypatch):
     """Without a server it is of the template alone; each server that is asked later leaves its own, with its version."""
-    from gemma_tune.base.files import fingerprint
+    from gemma_tune.base.fingerprints import fingerprint
 
     monkeypatch.setattr(checks, "load_merged", lambda *_: (None, "answers are not the matter here"))
 

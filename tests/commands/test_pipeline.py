@@ -477,11 +477,11 @@ def test_status_reads_the_files_when_it_is_asked_to(cli, trained):
 
 def test_status_reads_each_file_once(cli, trained, monkeypatch):
     """A stage is looked at again for each of those that follow it."""
-    from gemma_tune.base import files
+    from gemma_tune.base import fingerprints
 
     assert cli("merge", "--no-check", "--run", trained).code == 0
-    read, plain = [], files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path) or plain(path))
+    read, plain = [], fingerprints.sha256_file
+    monkeypatch.setattr(fingerprints, "sha256_file", lambda path: read.append(path) or plain(path))
     assert cli("status", "--verify", "--json").json["stages"]["merge"]["state"] == "done"
     weights = [path for path in read if path.name == "adapter_model.safetensors"]
     assert len(weights) == len(set(weights)) == 1

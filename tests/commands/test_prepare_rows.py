@@ -384,10 +384,10 @@ def test_files_are_looked_for_before_a_model_is(cli, monkeypatch):
 
 
 def test_names_are_judged_before_any_file_is_read(refused, monkeypatch):
-    from gemma_tune.base import files
+    from gemma_tune.base import fingerprints
 
-    really = files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda p: pytest.fail("read") if p.suffix == ".jsonl" and "data" not in p.parts
+    really = fingerprints.sha256_file
+    monkeypatch.setattr(fingerprints, "sha256_file", lambda p: pytest.fail("read") if p.suffix == ".jsonl" and "data" not in p.parts
                         else really(p))
     assert refused("before.jsonl", "none.jsonl")["message"] == "there is no file none.jsonl"
     assert refused("")["message"] == "a data file's name is empty"

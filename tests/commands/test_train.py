@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemma_tune.base import files
+from gemma_tune.base import fingerprints
 from gemma_tune.encoding import tokenizer
 from gemma_tune.run import stopped
 from support.command import QUICK, Result, copied_run, invoke, rows, write_rows
@@ -264,9 +264,9 @@ def test_a_stopped_training_s_rows_are_not_read_to_tell_whether_they_are_those_o
     sequences = Path("runs/tiny-gemma/data/tokens/train.arrow")
 
     def state(*flags, reads: bool = False) -> str:
-        read = files.sha256_file
+        read = fingerprints.sha256_file
         with monkeypatch.context() as patch:
-            for module in (files, stopped):
+            for module in (fingerprints, stopped):
                 patch.setattr(module, "sha256_file", lambda path: read(path) if reads or path.name != sequences.name else
                               pytest.fail(f"{path} is read"))
             return cli("status", *flags, "--json").json["stages"]["train"]["state"]

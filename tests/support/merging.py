@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 def remember(run: Path) -> None:
     """Record the adapter as it is now, as `train` would have."""
-    from gemma_tune.base.files import fingerprint
+    from gemma_tune.base.fingerprints import fingerprint
 
     manifest = json.loads((run / "manifest.json").read_text())
     entry = manifest["stages"]["train"]["outputs"]["adapter"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 
 from gemma_tune.answers.generation import BROKEN
 from gemma_tune.answers.sight import _TAKEN
-from gemma_tune.base.files import fingerprint
+from gemma_tune.base.fingerprints import fingerprint
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import eye_of, pictures_of
 from gemma_tune.encoding.sequences import Encoder

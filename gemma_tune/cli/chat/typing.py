@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gemma_tune.base.cache import cache_dir
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.files import cache_dir
 from gemma_tune.base.listener import Held
 from gemma_tune.base.loading import in_progress
 from gemma_tune.base.machine import ended_by
