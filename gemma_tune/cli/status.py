@@ -21,12 +21,12 @@ from gemma_tune.base.refusals import require_readable
 from gemma_tune.cli.run_figures import best_so_far, disk_usage, stage_lines
 from gemma_tune.models.source import cached_copies
 from gemma_tune.models.whole import refuse_damaged_copy
+from gemma_tune.run.base_model import base_moved, refuse_other_id
 from gemma_tune.run.directory import RunDir, command, describe, find_run, no_run
 from gemma_tune.run.earlier_exports import gone, remark, summary_now
 from gemma_tune.run.lock import Lock, finish_killed
 from gemma_tune.run.manifest import STAGES, Manifest
 from gemma_tune.run.prepared import NOTHING_HELD_OUT, nothing_held_out
-from gemma_tune.run.session import base_moved, refuse_other_id
 from gemma_tune.run.state import OUTSIDE, Look, State, keep_stamps, state_of
 from gemma_tune.run.stopped import has_other_rows, unfinished, whole
 from gemma_tune.run.unrecorded import current_manifest

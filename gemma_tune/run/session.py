@@ -5,20 +5,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.base import shell
-from gemma_tune.base.checkpoint import ADAPTER_CONFIG, what_else
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.refusals import require_readable
-from gemma_tune.base.words import counted, model_name, near
+from gemma_tune.base.words import counted, near
 from gemma_tune.config.families import family_defaults, full_defaults
 from gemma_tune.config.habits import meant_in_file
 from gemma_tune.config.settings import (
@@ -32,22 +27,17 @@ from gemma_tune.config.settings import (
     types_of,
 )
 from gemma_tune.config.settings_file import load_yaml
-from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL
-from gemma_tune.lora.files import how_to_name_base, named_base
-from gemma_tune.models.nearby import is_path
-from gemma_tune.models.quantised import quantisation
-from gemma_tune.models.source import BaseModel, locate, recorded_id, split_revision
-from gemma_tune.run.directory import RUNS, RunDir, find_run, no_run, of_its_run
+from gemma_tune.config.stages import CONFIGS
+from gemma_tune.models.source import BaseModel, split_revision
+from gemma_tune.run.base_model import directory_of, is_quantised, model_and_manifest, named_model, naming, own_run
+from gemma_tune.run.directory import RunDir, of_its_run
 from gemma_tune.run.foreign import refuse_occupied
 from gemma_tune.run.lock import finish_killed
 from gemma_tune.run.manifest import CONVERSATIONS, Manifest
-from gemma_tune.run.unrecorded import current_manifest
 
 # Stages that look at a model's configuration and tokenizer before they ask for its weights, if they do at all:
 # `prepare` needs none, and `train` looks first whether it has the memory for them.
 _WITHOUT_WEIGHTS = ("prepare", "train")
-
-_DEMO = re.compile(r"; `--model demo` needs no \w+")  # in hints of the Hub: no adapter is made for that model
 
 
 @dataclass(frozen=True)
@@ -121,32 +111,26 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     cls = CONFIGS[stage]
     _refuse_unknown(cls, settings)
     refuse_no_names({"run": run, "model": model, "revision": revision})
+    run, model, revision = run or content.get("run"), model or content.get("model"), revision or content.get("revision")
     # Settings are checked before a model is looked for, which can mean a download.
-    asked = resolve(cls, settings, content.get(stage)).config
-    wanted, revision = model or content.get("model"), revision or content.get("revision")
-    outside = getattr(asked, "adapter", None)  # an adapter that was trained elsewhere: its run may begin with a merge
-    trained_on = None
-    if outside and not (wanted or asked.base):
-        trained_on, revision = _base_of(Path(os.path.expanduser(outside)), run or content.get("run"), revision)
-        wanted = trained_on
-    starts = stage == "prepare" or bool(outside)
-    into = asked.base if stage == "merge" and not (model or content.get("model")) else None
-    root = _run_directory(run or content.get("run"), _own_run(into, bool(outside)) or wanted, starts)
+    named = named_model(resolve(cls, settings, content.get(stage)).config, run, model, revision)
+    starts = stage == "prepare" or bool(named.adapter)
+    root = directory_of(run, own_run(named.base, bool(named.adapter)) or named.model, starts)
     listener.note(f"run: {root}")
     finish_killed(root, listener)
-    apart = into is not None and _is_quantised(root, listener)
-    if into and not apart:  # it is the run's model, as --model would name it
-        wanted, named = split_revision(into)
-        revision = revision or named
-    elif into and revision:
-        settings, revision = settings | {"base": f"{split_revision(into)[0]}@{revision}"}, None
-    with _naming(outside if trained_on else None, "--base" if into and not apart else None):
-        base, manifest = _model_and_manifest(root, wanted, revision, starts, listener,
-                                             weights=stage not in _WITHOUT_WEIGHTS)
+    of_run = bool(named.base) and not is_quantised(root, listener)  # the base is the run's model
+    if of_run:
+        named = named.with_base_as_model()
+    elif named.base and named.revision:
+        settings |= {"base": f"{split_revision(named.base)[0]}@{named.revision}"}
+        named = replace(named, revision=None)
+    with naming(named.adapter if named.by_adapter else None, "--base" if of_run else None):
+        base, manifest = model_and_manifest(root, named.model, named.revision, starts, listener,
+                                            weights=stage not in _WITHOUT_WEIGHTS)
     if not (root / "manifest.json").exists():
         refuse_occupied(RunDir(root, base.name), stage)
     resolved, given = _settings(stage, settings, content.get(stage) or {}, base, manifest, listener)
-    if into and not apart:
+    if of_run:
         resolved = replace(resolved, config=replace(resolved.config, base=None))
     if stage == "train" and (wanted_data := content.get("prepare")):
         _tell_of_other_data(wanted_data, manifest, listener)
@@ -204,50 +188,6 @@ def _tell_of_other_data(given: Mapping[str, Any], manifest: Manifest, listener: 
                       "not prepare: for that, gemma-tune prepare --config FILE")
 
 
-def _base_of(adapter: Path, run: str | Path | None, revision: str | None) -> tuple[str | None, str | None]:
-    """The base model that an adapter from elsewhere names, and its revision; None leaves it to the run.
-
-    Raises:
-        UserError: neither the adapter nor the run has one.
-    """
-    base, named = named_base(adapter)
-    if base is None and (run is None or current_manifest(Path(run).expanduser()) is None):
-        raise UserError(f"the adapter {adapter} does not say which model it was trained on", how_to_name_base(adapter))
-    return base, revision or named
-
-
-@contextlib.contextmanager
-def _naming(adapter: str | None, option: str | None) -> Iterator[None]:
-    """Where a model cannot be had that only ``adapter`` named, or another option than --model, say so."""
-    try:
-        yield
-    except UserError as e:
-        if e.hint and (adapter is not None or option):
-            e.reword(e.message, _DEMO.sub("", e.hint))
-        if adapter is not None:
-            e.reword(f"the base model that the adapter {adapter} names: {e.message}",
-                     f"{e.hint}; or {how_to_name_base(Path(adapter))}")
-        elif option and e.hint:
-            e.reword(e.message, e.hint.replace("--model", option))
-        raise
-
-
-def _own_run(into: str | None, outside: bool) -> str | None:
-    """The base that is merged into, where it is also what its run is called after."""
-    name = into and split_revision(into)[0]
-    return name if name and (outside or (find_run(None, name) / "manifest.json").is_file()) else None
-
-
-def _is_quantised(root: Path, listener: Listener) -> bool:
-    """Whether the run at ``root`` has a quantised model, which nothing is merged into."""
-    manifest = current_manifest(root)
-    if manifest is None or (path := manifest.model.get("path")) and not os.path.exists(root / path):
-        return False
-    recorded = manifest.model
-    found = locate(recorded_id(recorded, root), recorded["revision"], listener, recorded, weights=False)
-    return quantisation(found.config) is not None
-
-
 def _refuse_unknown(cls: type[StageConfig], settings: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     if problems := [f"{name}: there is no such setting{_otherwise(name, cls.section) or near(name, known)}"
@@ -260,83 +200,3 @@ def _otherwise(name: str, stage: str) -> str:
     """The end of a sentence on a setting that another program calls so, with what it is here."""
     here = meant_in_file(name)
     return f"; {here.replace(f' below `{stage}:`', '')}" if here else ""
-
-
-def base_moved(root: Path, recorded: Mapping[str, Any]) -> UserError | None:
-    """What to say where a base model that is a file or directory does not lie where the run has it."""
-    if not recorded.get("path") or os.path.exists(root / recorded["path"]):
-        return None
-    return UserError(f"the base model of {root} is not at {os.path.normpath(root.resolve() / recorded['path'])}, "
-                     "where the run looks for it: one of the two was moved",
-                     f"name its place with --model DIR/{Path(recorded['path']).name}; all commands but `chat` keep it "
-                     "for the next ones")
-
-
-def _run_directory(run: str | Path | None, model_id: str | None, starts: bool) -> Path:
-    if starts and not run and not model_id and not list(RUNS.glob("*/manifest.json")):
-        model_id = DEFAULT_MODEL
-    return find_run(run, model_id)
-
-
-def _model_and_manifest(root: Path, wanted: str | None, revision: str | None, starts: bool, listener: Listener, *,
-                        weights: bool) -> tuple[BaseModel, Manifest]:
-    manifest = current_manifest(root)
-    if manifest is None:
-        if not starts:
-            raise _no_run(root, wanted)
-        model = locate(wanted or DEFAULT_MODEL, revision, listener, weights=weights)
-        return model, Manifest(model.record(root))
-    recorded = manifest.model
-    if wanted == recorded["id"] and recorded.get("path") and not os.path.exists(wanted):
-        wanted = None  # by its name alone: the run knows the place
-    if not wanted and (moved := base_moved(root, recorded)):
-        require_readable(root / recorded["path"])
-        raise moved
-    if wanted:
-        refuse_other_id(root, recorded, wanted)
-    model = locate(wanted or recorded_id(recorded, root), revision or recorded["revision"], listener, recorded,
-                   weights=weights)
-    refuse_other_model(root, recorded, model)
-    if model.fingerprint != recorded["fingerprint"]:
-        listener.warn(f"the base model {model.id} has changed since this run began; what was made from it is stale")
-    manifest.model = model.record(root)
-    return model, manifest
-
-
-def _no_run(root: Path, wanted: str | None) -> UserError:
-    """What to say where there is no run; also of models that are none to begin one with, as they came of another."""
-    if wanted:
-        folder = Path(os.path.expanduser(wanted))
-        if (folder / ADAPTER_CONFIG).is_file():
-            return UserError(f"{root} is not a run yet, and {wanted} is an adapter", what_else(folder))
-        if (folder.parent / "manifest.json").is_file():
-            return UserError(f"{root} is not a run yet, and {wanted} lies in one",
-                             f"name that one: --run {shell.quote(str(folder.parent))}")
-    return no_run(root, *(("--model", wanted) if wanted else ()))
-
-
-def refuse_other_model(root: Path, recorded: Mapping[str, Any], model: BaseModel) -> None:
-    """A run belongs to one model.
-
-    Raises:
-        UserError: the run is recorded as another model's.
-    """
-    if (recorded["id"], recorded["source"]) != (model.id, model.source):
-        raise _of_another(root, recorded["id"], model.id)
-
-
-def refuse_other_id(root: Path, recorded: Mapping[str, Any], wanted: str) -> None:
-    """The same for a ``--model`` that is no path, before it is looked for on the hub.
-
-    Raises:
-        UserError: the run is recorded as another model's.
-    """
-    name = split_revision(wanted)[0]
-    path = Path(os.path.expanduser(name))
-    if not (is_path(name) or "://" in name or os.path.exists(path) or name == recorded["id"]):
-        raise _of_another(root, recorded["id"], name)
-
-
-def _of_another(root: Path, own: str, other: str) -> UserError:
-    return UserError(f"{root} is a run of {own}, not of {other}: its adapter fits that model alone",
-                     f"leave --model out, or begin another run with `prepare`: --run {RUNS / model_name(other)}-2")

@@ -18,10 +18,11 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import os_errors, put_in_place, remove
 from gemma_tune.base.secrets import redacted
 from gemma_tune.config.settings import StageConfig, asks_more, plain, same_result, value_in_words
+from gemma_tune.run.base_model import refuse_other_model
 from gemma_tune.run.directory import RunDir, command, describe, now
 from gemma_tune.run.lock import Lock
 from gemma_tune.run.manifest import STAGES, Manifest, read_manifest
-from gemma_tune.run.session import Session, refuse_other_model
+from gemma_tune.run.session import Session
 from gemma_tune.run.state import NEEDS, OUTSIDE, require_inputs, require_unharmed, state_of
 
 
@@ -106,16 +107,21 @@ def run_stage(session: Session, stage: str, work: Callable[[Session], Finished],
             require_unharmed(run, manifest, stage, maker, output)
         finished = work(session)
         with nothing_left_of(finished):
-            manifest.stages[stage] = {
-                "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
-                "config": {**session.resolved.record(), **finished.settings}, "inputs": fingerprints,
-                "outputs": {name: describe(run, path, lies_at=finished.lies_at(path))
-                            for name, path in finished.outputs.items()},
-                "summary": redacted(finished.summary),
-            }
+            manifest.stages[stage] = _record(session, finished, started, fingerprints)
             manifest.announce(run)
         put_results(run, manifest, finished.fresh)
     return _report(session, stage, "done", time.monotonic() - clock)
+
+
+def _record(session: Session, finished: Finished, started: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of a result."""
+    return {
+        "status": "done", "started": started, "ended": now(), "base": session.model.fingerprint,
+        "config": {**session.resolved.record(), **finished.settings}, "inputs": inputs,
+        "outputs": {name: describe(session.run, path, lies_at=finished.lies_at(path))
+                    for name, path in finished.outputs.items()},
+        "summary": redacted(finished.summary),
+    }
 
 
 @contextlib.contextmanager

@@ -373,7 +373,7 @@ def test_missing_files_are_named_together(refused):
 
 
 def test_files_are_looked_for_before_a_model_is(cli, monkeypatch):
-    monkeypatch.setattr("gemma_tune.run.session.locate", lambda *a, **more: pytest.fail("a model was looked for"))
+    monkeypatch.setattr("gemma_tune.run.base_model.locate", lambda *a, **more: pytest.fail("a model was looked for"))
     result = cli("prepare", "none.jsonl", "--valid", "2.5x", "--model", "google/gemma-3-270m-it", "--json")
     assert result.code == BAD_INPUT
     assert result.json["error"]["problems"] == [
