@@ -145,25 +145,13 @@ def chat(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, promp
 
     Example: gemma-tune chat --prompt "What is EBITDA?"
     """
-    import sys
-
     from gemma_tune.chat.conversation import open_conversation
     from gemma_tune.chat.pictures import require_picture
-    from gemma_tune.chat.scripts import open_input
     from gemma_tune.cli.chat.loop import converse
     from gemma_tune.cli.chat.scripts import all_of, one_prompt
 
     request = Request.of(ctx)
-    if prompt is not None and not prompt.strip():
-        raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
-    if prompt is not None and input is not None:
-        raise UserError("--prompt and --input exclude each other", "use one of them")
-    if prompt is None and input in (None, "-") and sys.stdin is None:
-        raise UserError("standard input is closed, so there are no prompts to read",
-                        'name one: gemma-tune chat --prompt "…"')
-    if input not in (None, "-"):
-        open_input(input)[0].close()  # before a model is loaded
-    talking = prompt is None and input is None and screen.stdin_is_terminal() and not json
+    talking = _is_talk(prompt, input, json)
     if image and prompt is None and not talking:
         raise UserError("--image needs the question about it", 'add it: --prompt "What is this?"; rows of --input name '
                         'their own pictures: {"prompt": "…", "images": ["a.png"]}')
@@ -179,6 +167,28 @@ def chat(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, promp
             one_prompt(conversation, prompt, json, pictures)
     finally:
         conversation.close()
+
+
+def _is_talk(prompt: str | None, input: str | None, json: bool) -> bool:
+    """Whether somebody talks on a terminal.
+
+    Raises:
+        UserError: what asks the questions is unclear, or cannot be read.
+    """
+    import sys
+
+    from gemma_tune.chat.scripts import open_input
+
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt has no text", 'write a question: gemma-tune chat --prompt "…"')
+    if prompt is not None and input is not None:
+        raise UserError("--prompt and --input exclude each other", "use one of them")
+    if prompt is None and input in (None, "-") and sys.stdin is None:
+        raise UserError("standard input is closed, so there are no prompts to read",
+                        'name one: gemma-tune chat --prompt "…"')
+    if input not in (None, "-"):
+        open_input(input)[0].close()  # before a model is loaded
+    return prompt is None and input is None and screen.stdin_is_terminal() and not json
 
 
 @app.command("eval", cls=Command)

@@ -125,12 +125,8 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
     """
     files = [(stage.artifacts[key], stage.artifacts[key.replace("gguf", "modelfile", 1)])
              for key in stage.artifacts if key.startswith("gguf")]
-    quants = stage.summary["quants"]
-    names = [figures["ollama_name"] for figures in quants.values()]
-    # What loses much of what was learned is made as it was asked for, but nobody is sent there.
-    good = [n for n, figures in enumerate(quants.values()) if "loses" not in figures]
-    taken = [*quants].index(stage.summary["quant"])
-    main = taken if taken in good or not good else good[0]
+    names = [figures["ollama_name"] for figures in stage.summary["quants"].values()]
+    good, main = _good_and_main(stage.summary)
     projector = Path(path) if (path := stage.artifacts.get("projector")) else None
     elsewhere = Elsewhere.of(files[main][0], f"{session.run.model_name}-tuned", path) if good else None
     run_it = (f"ollama run {names[main]}",) if good else (_better(session, stage),)
@@ -158,6 +154,15 @@ def deploy(session: Session, stage: StageReport, server: Server | None,
         as_trained = _compare_layout(session, server, target, chat, question)
     return ExportReport(stage, names[main], True, run_it, elsewhere,
                         answer={**answer, "prompt_as_trained": as_trained}, picture=picture)
+
+
+def _good_and_main(summary: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Places of the formats that lose little, and of the one that people are sent to: one that loses much of what was
+    learned is made as it was asked for, and no more."""
+    quants = summary["quants"]
+    good = [n for n, figures in enumerate(quants.values()) if "loses" not in figures]
+    taken = [*quants].index(summary["quant"])
+    return good, taken if taken in good or not good else good[0]
 
 
 def _better(session: Session, stage: StageReport) -> str:

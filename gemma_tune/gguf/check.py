@@ -81,25 +81,30 @@ def worst_error(checkpoint: Path, gguf_path: Path, architecture: Architecture,
     worst, where = 0.0, ""
     for spec, name in held if not problems else ():
         if rounded := (calibrated or {}).get(name):
-            if file.sha256(name) != rounded.sha256:
-                problems.append(f"{name}: not what was written")
+            error, wrong = _of_calibrated(spec, file, name, shards, rounded)
+        else:
+            error, most = _compared(spec, file, name, shards)
             kind = file.tensors[name].type
-            error = _output_error(spec, shards, rounded, partial(_stored, file, name))
-            if (not error <= MOST_OF_OUTPUT[kind]
-                    and not error <= _output_error(spec, shards, rounded, partial(_plainly_rounded, spec, kind))):
-                problems.append(f"{name}: its output is off by {error:.2%}, more than {kind.name} explains")
-            if not error <= worst:
-                worst, where = error, name
-            continue
-        error, most = _compared(spec, file, name, shards)
-        if not most <= 1:
-            problems.append(f"{name}: off by {error:.2%}, more than {file.tensors[name].type.name} explains")
+            wrong = [] if most <= 1 else [f"{name}: off by {error:.2%}, more than {kind.name} explains"]
+        problems += wrong
         if not error <= worst:
             worst, where = error, name
     if problems:
         raise WorkFailed(f"{gguf_path.name} does not hold the weights of {checkpoint}", "please report this",
                          problems[:20])
     return worst, where
+
+
+def _of_calibrated(spec: TensorSpec, file: GgufFile, name: str, shards: Shards, rounded: Rounded
+                   ) -> tuple[float, list[str]]:
+    """The error of a calibrated tensor's output, and what is wrong with it."""
+    kind = file.tensors[name].type
+    error = _output_error(spec, shards, rounded, partial(_stored, file, name))
+    problems = [] if file.sha256(name) == rounded.sha256 else [f"{name}: not what was written"]
+    if (not error <= MOST_OF_OUTPUT[kind]
+            and not error <= _output_error(spec, shards, rounded, partial(_plainly_rounded, spec, kind))):
+        problems.append(f"{name}: its output is off by {error:.2%}, more than {kind.name} explains")
+    return error, problems
 
 
 def _stored_as(spec: TensorSpec, file: GgufFile, architecture: Architecture) -> str:

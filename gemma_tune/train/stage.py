@@ -63,6 +63,10 @@ from gemma_tune.train.tuning import read_tuning
 
 if TYPE_CHECKING:
     from gemma_tune.train.ahead import KernelsAhead
+    from gemma_tune.train.best import Best
+    from gemma_tune.train.callbacks import MetricsLog, StopRequest
+    from gemma_tune.train.reports import Reports
+    from gemma_tune.train.samples import Samples
     from gemma_tune.train.trainer import GemmaTrainer
 
 LONG = 300.0  # seconds of training steps after which an adapter is not replaced unasked
@@ -221,12 +225,8 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
           kernels: KernelsAhead | None = None) -> dict[str, Any]:
     """What every process of the training does; the main one also saves. Returns figures for the summary."""
     quiet_libraries()
-    from gemma_tune.train.best import Best
-    from gemma_tune.train.callbacks import MetricsLog, StopRequest, earlier_records
     from gemma_tune.train.effect import AdapterStart
     from gemma_tune.train.learned import require_learned
-    from gemma_tune.train.reports import Reports
-    from gemma_tune.train.samples import Samples
 
     session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
     train_rows, valid_rows = prepared_sequences(session)
@@ -243,15 +243,8 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
     rows = len(train_rows) // sequences_of_a_row(config)
     steps = total_steps(rows, config) - job.training.steps_before
     _tell_of_steps(session, rows)
-    first = step_of(job.checkpoint) if job.checkpoint else 0
-    log = MetricsLog(run.metrics, listener, first, job.earlier)
-    stop, reports = StopRequest(listener), Reports(session, job.training, log)
-    best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
-                earlier=job.earlier, checkpoints=config.keep_checkpoints, before=job.training.steps_before,
-                first=job.training.before.get("eval_loss_before"))
-    samples = Samples(session, chat, config.samples, log, earlier_records(run.samples, first), job.startup.total)
-    trainer = make_trainer(job, model, chat, train_rows, valid_rows, steps, (log, best, samples, stop, reports),
-                           shown)
+    log, best, samples, stop, reports = callbacks = _callbacks(job, chat)
+    trainer = make_trainer(job, model, chat, train_rows, valid_rows, steps, callbacks, shown)
     log.trainer = best.trainer = samples.trainer = reports.trainer = trainer
     keep_what_is_best(session, job.training, best)
     start = AdapterStart(trainer.model, trainer.base)
@@ -272,6 +265,24 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
         save_adapter(session, trainer.model, chat, run.adapter)
     pictures = {"pictures": len(shown.names)} if shown else {}
     return job.training.of_all_steps(summary) | pictures | _figures(job, trainer)
+
+
+def _callbacks(job: Job, chat: ChatFormat) -> tuple[MetricsLog, Best, Samples, StopRequest, Reports]:
+    """What the trainer calls, in this order."""
+    from gemma_tune.train.best import Best
+    from gemma_tune.train.callbacks import MetricsLog, StopRequest, earlier_records
+    from gemma_tune.train.reports import Reports
+    from gemma_tune.train.samples import Samples
+
+    session, config, run, listener = job.session, job.session.config, job.session.run, job.session.listener
+    first = step_of(job.checkpoint) if job.checkpoint else 0
+    log = MetricsLog(run.metrics, listener, first, job.earlier)
+    stop, reports = StopRequest(listener), Reports(session, job.training, log)
+    best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
+                earlier=job.earlier, checkpoints=config.keep_checkpoints, before=job.training.steps_before,
+                first=job.training.before.get("eval_loss_before"))
+    samples = Samples(session, chat, config.samples, log, earlier_records(run.samples, first), job.startup.total)
+    return log, best, samples, stop, reports
 
 
 def _tell_of_steps(session: Session, rows: int) -> None:
