@@ -113,16 +113,19 @@ def data(tmp_path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", rows())
 
 
-@pytest.fixture(scope="session")
-def trained_once(tiny, tmp_path_factory) -> Path:
-    """A run that is prepared and trained; copy it, do not change it."""
-    place = tmp_path_factory.mktemp("trained")
-    run = place / "runs" / "tiny-gemma"
-    data = write_rows(place / "rows.jsonl", rows())
-    for args in (("prepare", data, "--model", tiny), ("train", *QUICK)):
+def run_of(model: Path, place: Path, *flags: object) -> Path:
+    """A run of this model in a directory, prepared and trained with these flags."""
+    run, data = place / "runs" / model.name, write_rows(place / "rows.jsonl", rows())
+    for args in (("prepare", data, "--model", model), ("train", *flags)):
         result = invoke(*args, "--run", run)
         assert result.code == 0, result.err
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_once(tiny, tmp_path_factory) -> Path:
+    """A run that is prepared and trained; copy it, do not change it."""
+    return run_of(tiny, tmp_path_factory.mktemp("trained"), *QUICK)
 
 
 @pytest.fixture
@@ -183,15 +186,8 @@ def talkative(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fluent_once(talkative, tmp_path_factory) -> Path:
     """A run whose adapter has learned its eleven training rows by heart (number 10 is held out); copy it only."""
-    place = tmp_path_factory.mktemp("fluent")
-    run = place / "runs" / "talkative"
-    data = write_rows(place / "rows.jsonl", rows())
-    for args in (("prepare", data, "--model", talkative),
-                 ("train", "--epochs", 60, "--rank", 16, "--dtype", "fp32", "--learning-rate", 1e-2,
-                  "--save-steps", 1000, "--eval-steps", 1000)):
-        result = invoke(*args, "--run", run)
-        assert result.code == 0, result.err
-    return run
+    return run_of(talkative, tmp_path_factory.mktemp("fluent"), "--epochs", 60, "--rank", 16, "--dtype", "fp32",
+                  "--learning-rate", 1e-2, "--save-steps", 1000, "--eval-steps", 1000)
 
 
 @pytest.fixture

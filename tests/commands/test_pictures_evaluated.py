@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -38,14 +39,7 @@ FAMILIES = ("gemma3", "qwen3.5")
 @pytest.fixture(scope="session")
 def trained_seers(tmp_path_factory):
     """Runs up to the adapter, with text alone, by family."""
-    made: dict[str, Path] = {}
-
-    def of(name: str) -> Path:
-        if name not in made:
-            made[name] = trained_seer(name, tmp_path_factory.mktemp("evaluated"))
-        return made[name]
-
-    return of
+    return functools.cache(lambda name: trained_seer(name, tmp_path_factory.mktemp("evaluated")))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from gemma_tune.gguf import types as gguf_types
 from gemma_tune.gguf.check import LARGEST_ERROR
 from gemma_tune.gguf.reader import GgufFile
 from gemma_tune.gguf.types import LARGEST, QUANTS, choose_types, dequantise, nbytes, quantise
+from support.gguf import write
 
 BLOCKS = (Type.Q8_0, Type.Q5_0, Type.Q5_1, Type.Q4_0, Type.Q4_1, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4)
 ALL = (Type.F32, Type.F16, Type.BF16, *BLOCKS)
@@ -338,10 +339,7 @@ def small(tmp_path) -> Path:
         rows = rng.standard_normal((5, 256)).astype(np.float32)
         writer.add_tensor(type.name, quantise(rows, type), raw_dtype=type)
     writer.add_tensor("experts", rng.standard_normal((2, 3, 4)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     return path
 
 
@@ -389,10 +387,7 @@ def test_an_alignment_that_is_none_is_told(tmp_path, alignment):
     adds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     adds[type(alignment)]("general.alignment", alignment)
     writer.add_tensor("vector", np.zeros(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     with pytest.raises(UserError, match=f"its general.alignment is {alignment!r}"):
         GgufFile(path)
 

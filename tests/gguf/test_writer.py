@@ -35,6 +35,7 @@ from support.gguf import (
     make_checkpoint,
     train_sentencepiece,
     with_the_converters_runs,
+    write,
 )
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<turn>{{ m.content }}<done>{% endfor %}"
@@ -315,9 +316,7 @@ def test_only_sentencepiece_vocabularies_have_a_tokenizer_model(tmp_path: Path) 
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["a", "b"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    write(writer)
     assert sentencepiece_model_from_gguf(tmp_path / "m.gguf") is None
 
 

@@ -20,6 +20,7 @@ from gemma_tune.models.source import BaseModel
 from gemma_tune.run.directory import RunDir
 from gemma_tune.run.manifest import Manifest, read_manifest
 from gemma_tune.run.session import Session
+from support.gguf import write
 from support.uploads import _validated
 
 COMMIT = "c" * 40
@@ -234,9 +235,7 @@ def test_the_licence_of_a_gguf_file(tmp_path, monkeypatch, source):
     writer = GGUFWriter(path, "gemma3")
     writer.add_license("gemma")
     writer.add_license_link("https://ai.google.dev/gemma/terms")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    write(writer)
     assert base_licence(model) == {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
     path.write_bytes(b"GGUF")
     assert base_licence(model) == {}

@@ -16,6 +16,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.models import from_gguf
 from support.gemmas import FAMILIES, make_family
+from support.gguf import write
 from support.llamas import make_llama
 
 
@@ -157,9 +158,7 @@ def test_a_gguf_in_parts_is_refused_before_it_is_read(cli, data, name, model, jo
     for path in {name, name.replace("00001", "00002")}:
         writer = gguf.GGUFWriter(path, "gemma3")
         writer.add_uint16("split.count", 3)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
+        write(writer)
     result = cli("prepare", data, "--model", model, "--run", "r")
     assert result.code == 2, result.err
     assert f"{name} is one of 3 files that are a model together" in result.err
@@ -173,10 +172,7 @@ def written(path: Path, architecture: str, kind: str | None = None, tensors: int
         writer.add_type(kind)
     for n in range(tensors):
         writer.add_tensor(f"blk.{n}.attn_q.weight", np.zeros((8, 8), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     return path
 
 

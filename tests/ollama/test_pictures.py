@@ -17,6 +17,7 @@ from gemma_tune.ollama.capabilities import tell_capabilities
 from gemma_tune.ollama.client import Refused, Server, create_model, generate_check, picture_answer
 from gemma_tune.ollama.modelfile import render_modelfile
 from gemma_tune.ollama.template import OllamaChat
+from support.gguf import write
 from support.listener import Said
 from support.modelfile import parse_modelfile
 from support.ollama import ANSWER, LoopbackOllama
@@ -34,10 +35,7 @@ def written(tmp_path: Path, blocks: int = 1) -> tuple[Path, Path]:
         for key, value in keys.items():
             writer.add_uint32(key, value)
         writer.add_bool("clip.has_vision_encoder", arch == "clip")
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write(writer)
     return model, projector
 
 

@@ -159,16 +159,21 @@ def randomise(network: Any, around_one: bool) -> None:
                 value += 2
 
 
-def _write_gemma_tokenizer(folder: Path) -> int:
-    """Write the files that Gemma 1 to 3 come with; return how many ids are in use."""
-    (folder / "tokenizer.model").write_bytes(train_sentencepiece())
-    added = {str(i): {"content": text, "special": True} for i, text in enumerate(SPECIAL)}
-    added |= {str(len(SPECIAL) + i): {"content": text, "special": False} for i, text in enumerate(ORDINARY)}
+def write_added_tokens(folder: Path, added: dict[str, dict[str, Any]]) -> None:
+    """Write the files that say which tokens of tokenizer.model are added ones, by their ids as text."""
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, "bos_token": "<bos>",
         "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "added_tokens_decoder": added}))
     (folder / "tokenizer.json").write_text(json.dumps({
         "added_tokens": [{"id": int(i), **token} for i, token in added.items()]}))
+
+
+def _write_gemma_tokenizer(folder: Path) -> int:
+    """Write the files that Gemma 1 to 3 come with; return how many ids are in use."""
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece())
+    added = {str(i): {"content": text, "special": True} for i, text in enumerate(SPECIAL)}
+    added |= {str(len(SPECIAL) + i): {"content": text, "special": False} for i, text in enumerate(ORDINARY)}
+    write_added_tokens(folder, added)
     return 380
 
 

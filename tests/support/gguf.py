@@ -23,6 +23,14 @@ RUNS = tuple(c * n for c, shortest in (("\n", 1), ("\u2581", 2), ("\t", 1)) for 
 DONE = SPECIAL.index("<done>")  # ends a turn; a name that llama.cpp doesn't know, unlike <end_of_turn>
 
 
+def write(writer: Any) -> None:
+    """Write what a GGUFWriter was told of, and close it."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def white_space() -> list[str]:
     """Runs of each kind by themselves and inside a text, up to some times the longest token, and all kinds mixed."""
     picked = random.Random(15)

@@ -316,9 +316,5 @@ def _write_gemma3_tokenizer(folder: Path) -> dict[str, int]:
     pieces = SentencePieceProcessor(model_proto=model)
     ids = {text: pieces.piece_to_id(text) for text in special}
     added = {str(i): {"content": text, "special": True} for text, i in ids.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, "bos_token": "<bos>",
-        "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "added_tokens_decoder": added}))
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "added_tokens": [{"id": int(i), **token} for i, token in added.items()]}))
+    gemmas.write_added_tokens(folder, added)
     return ids

@@ -45,6 +45,11 @@ class Steps:
                 group["lr"] = 0.01 / (1 + step)
             self.optimizer.step()
 
+    def weigh_as(self, other: Steps) -> None:
+        with torch.no_grad():
+            for ours, theirs in zip(self.weights, other.weights):
+                ours.copy_(theirs)
+
     def saved(self) -> dict:
         """What a checkpoint holds of the optimiser, through a file."""
         file = io.BytesIO()
@@ -96,21 +101,15 @@ def test_checkpoints_are_read_both_ways(fused, at_once):
     expected.take(range(6))
     before.take(range(2))
     found = Steps(True)
-    with torch.no_grad():
-        for ours, theirs in zip(found.weights, before.weights):
-            ours.copy_(theirs)
+    found.weigh_as(before)
     found.take([0])  # what was before does not count
-    with torch.no_grad():
-        for ours, theirs in zip(found.weights, before.weights):
-            ours.copy_(theirs)
+    found.weigh_as(before)
     found.optimizer.load_state_dict(before.saved() | {"param_groups": found.saved()["param_groups"]})
     at_once.clear()
     found.take([2, 3])
     assert at_once == [1, 1]
     after = Steps(False, **ways)
-    with torch.no_grad():
-        for theirs, ours in zip(after.weights, found.weights):
-            theirs.copy_(ours)
+    after.weigh_as(found)
     after.optimizer.load_state_dict(found.saved() | {"param_groups": after.saved()["param_groups"]})
     assert {float(state["step"]) for state in after.saved()["state"].values()} == {4}
     after.take([4, 5])
@@ -123,9 +122,7 @@ def test_of_what_is_loaded_nothing_is_twice_on_the_device(monkeypatch):
     before.take(range(2))
     expected.take(range(3))
     found.optimizer.load_state_dict(before.saved())
-    with torch.no_grad():
-        for ours, theirs in zip(found.weights, before.weights):
-            ours.copy_(theirs)
+    found.weigh_as(before)
     loaded = [[weakref.ref(state[name]) for state in found.optimizer.state.values()] for name in ("exp_avg", "exp_avg_sq")]
     left, room = [], found.gradients.room
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self.clone())  # as of another device
@@ -136,31 +133,24 @@ def test_of_what_is_loaded_nothing_is_twice_on_the_device(monkeypatch):
     same(found, expected)
 
 
-def test_weights_that_decay_otherwise_are_steps_of_their_own(at_once):
-    groups = lambda w: [{"params": w[:2]}, {"params": w[2:], "weight_decay": 0.0}]  # noqa: E731
-    found, expected = Steps(True, groups), Steps(False, groups)
+def three_steps(found: Steps, expected: Steps, at_once: list[int], tensors: int) -> None:
     found.take(range(3))
-    assert set(at_once) == {2}
+    assert set(at_once) == {tensors}
     expected.take(range(3))
     same(found, expected)
 
 
-def test_groups_that_differ_in_nothing_are_one_tensor(at_once):
-    groups = lambda w: [{"params": w[1::2]}, {"params": w[::2]}]  # noqa: E731
-    found, expected = Steps(True, groups), Steps(False, groups)
-    found.take(range(3))
-    assert set(at_once) == {1}
-    expected.take(range(3))
-    same(found, expected)
+@pytest.mark.parametrize("groups, tensors", [
+    (lambda w: [{"params": w[:2]}, {"params": w[2:], "weight_decay": 0.0}], 2),
+    (lambda w: [{"params": w[1::2]}, {"params": w[::2]}], 1)], ids=["that decay otherwise", "that differ in nothing"])
+def test_groups_of_weights_are_a_tensor_each_where_they_differ(at_once, groups, tensors):
+    three_steps(Steps(True, groups), Steps(False, groups), at_once, tensors)
 
 
 def test_weights_that_were_moved_are_steps_of_their_own(at_once):
-    found, expected = Steps(True), Steps(False)
+    found = Steps(True)
     found.weights[1].data = found.weights[1].data.clone()
-    found.take(range(3))
-    assert set(at_once) == {4}
-    expected.take(range(3))
-    same(found, expected)
+    three_steps(found, Steps(False), at_once, 4)
 
 
 def test_weights_that_had_no_gradient_before_have_fewer_steps(at_once):
@@ -169,9 +159,7 @@ def test_weights_that_had_no_gradient_before_have_fewer_steps(at_once):
     for steps in (before, expected):
         steps.take(range(2), without=(1,))
     found = Steps(True)
-    with torch.no_grad():
-        for ours, theirs in zip(found.weights, before.weights):
-            ours.copy_(theirs)
+    found.weigh_as(before)
     found.optimizer.load_state_dict(before.saved())
     at_once.clear()
     for steps in (found, expected):

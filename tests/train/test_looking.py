@@ -121,6 +121,16 @@ def learned(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), gradients(model)
 
 
+def looked_at(whole, rows: Rows, row: dict) -> tuple[float, dict[str, torch.Tensor]]:
+    """Five times the loss of a row with one picture by the model that looks at it itself, and the gradients."""
+    ids = row["input_ids"][None]
+    marks = {rows.eye.marks: (ids == rows.eye.soft_id).long()} if rows.eye.marks else {}
+    shown = {key: value for key, value in rows.eye.inputs("0.png").items() if key in _OF_PICTURES}
+    theirs = whole(input_ids=ids, labels=row["labels"][None], attention_mask=torch.ones_like(ids), **marks, **shown).loss
+    (theirs * 5).backward()
+    return 5 * theirs.item(), gradients(whole)
+
+
 def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     assert got.keys() == expected.keys()
     a, b = (torch.cat([found[name].flatten() for name in sorted(found)]) for found in (got, expected))
@@ -137,18 +147,13 @@ def test_it_is_learned_as_by_the_model_that_looks_itself(of, family, recomputed)
     rows = of(family)
     row = rows.row("0.png")
     whole = adapted(rows.whole)
-    ids = row["input_ids"][None]
-    marks = {rows.eye.marks: (ids == rows.eye.soft_id).long()} if rows.eye.marks else {}
-    shown = {key: value for key, value in rows.eye.inputs("0.png").items() if key in _OF_PICTURES}
-    theirs = whole(input_ids=ids, labels=row["labels"][None], attention_mask=torch.ones_like(ids), **marks, **shown).loss
-    (theirs * 5).backward()
-    expected = {name: grad for name, grad in gradients(whole).items()}
+    theirs, expected = looked_at(whole, rows, row)
     tuned = rows.tuned()
     if recomputed:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with fast_layers(tuned):
         ours, found = learned(tuned, rows.batch([row]))
-    assert ours == pytest.approx(5 * theirs.item(), rel=1e-5)
+    assert ours == pytest.approx(theirs, rel=1e-5)
     same(found, expected, 1e-4)
     with fast_layers(tuned):
         other, _ = learned(tuned, rows.batch([row | {PICTURES: ["2.png"]}])) if family == "gemma3" else (None, None)
@@ -160,12 +165,7 @@ def test_all_weights_learn_it_as_by_the_model_that_looks_itself(of, family):
     """The gradient of each weight of the text model is that of plain autograd on the whole model with its pixels."""
     rows, config = of(family), TrainConfig(full=True)
     row, whole = rows.row("0.png"), rows.whole.requires_grad_()
-    ids = row["input_ids"][None]
-    marks = {rows.eye.marks: (ids == rows.eye.soft_id).long()} if rows.eye.marks else {}
-    shown = {key: value for key, value in rows.eye.inputs("0.png").items() if key in _OF_PICTURES}
-    theirs = whole(input_ids=ids, labels=row["labels"][None], attention_mask=torch.ones_like(ids), **marks, **shown).loss
-    (theirs * 5).backward()
-    wanted = gradients(whole)
+    theirs, wanted = looked_at(whole, rows, row)
     base = load_model(rows.folder, FP32, sight="features")
     left = left_whole(base)
     tuned = get_peft_model(base, lora_config(config, targets_of(base, config))).train()
@@ -173,7 +173,7 @@ def test_all_weights_learn_it_as_by_the_model_that_looks_itself(of, family):
     install_summed_loss(base)
     with fast_layers(tuned):
         ours, found = learned(tuned, rows.batch([row]))
-    assert ours == pytest.approx(5 * theirs.item(), rel=1e-5)
+    assert ours == pytest.approx(theirs, rel=1e-5)
     plain = {name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): grad for name, grad in found.items()}
     missing = {name for name, grad in wanted.items() if grad is not None and not TOWERS.search(name)} ^ plain.keys()
     assert {name.split(".")[-2] for name in missing} == {*left}

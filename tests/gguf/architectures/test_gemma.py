@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -44,15 +45,11 @@ Family = namedtuple("Family", "folder network end gguf")
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes each family once: its folder, the model in float32, the id that ends a turn, and its GGUF in float32."""
-    made: dict[str, Family] = {}
-
+    @functools.cache
     def make(name: str) -> Family:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            network, end = make_family(name, folder), 6 if name.startswith("gemma4") else 5
-            export(folder, folder / "m.gguf", end=end)
-            made[name] = Family(folder, network, end, folder / "m.gguf")
-        return made[name]
+        folder = tmp_path_factory.mktemp(name)
+        network, end = make_family(name, folder), 6 if name.startswith("gemma4") else 5
+        return Family(folder, network, end, export(folder, folder / "m.gguf", end=end).path)
 
     return make
 

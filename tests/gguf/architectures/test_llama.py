@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -56,15 +57,12 @@ Llama = namedtuple("Llama", "folder network tokenizer done gguf")
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes each model once: its folder, the model in float32, its tokenizer, the id that ends a turn, its GGUF."""
-    made: dict[str, Llama] = {}
-
+    @functools.cache
     def make(name: str) -> Llama:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            network, tokenizer = make_llama(name, folder)
-            done = tokenizer.convert_tokens_to_ids("<done>")
-            made[name] = Llama(folder, network, tokenizer, done, export(folder, folder / "m.gguf", done).path)
-        return made[name]
+        folder = tmp_path_factory.mktemp(name)
+        network, tokenizer = make_llama(name, folder)
+        done = tokenizer.convert_tokens_to_ids("<done>")
+        return Llama(folder, network, tokenizer, done, export(folder, folder / "m.gguf", done).path)
 
     return make
 

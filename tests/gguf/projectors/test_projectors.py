@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -33,13 +34,11 @@ NEAR = 0.03  # two log-probabilities: float16 in the tower, and llama.cpp looks 
 @pytest.fixture(scope="module")
 def seer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes each family once, with its projector beside it as mmproj.gguf."""
-    made: dict[str, Seer] = {}
-
+    @functools.cache
     def make(name: str) -> Seer:
-        if name not in made:
-            made[name] = make_seer(name, tmp_path_factory.mktemp(name))
-            export(made[name].folder)
-        return made[name]
+        made = make_seer(name, tmp_path_factory.mktemp(name))
+        export(made.folder)
+        return made
 
     return make
 
