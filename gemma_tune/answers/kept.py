@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from gemma_tune.answers.decoding import base_of
+from gemma_tune.answers.decoders import base_of
 from gemma_tune.answers.lengths import read_before
 
 PAST = 4096  # positions that a sliding layer keeps behind its window: most conversations as a whole

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gemma_tune.answers.decoding import base_of
+from gemma_tune.answers.decoders import base_of
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import replacing
 from gemma_tune.base.versions import library_versions

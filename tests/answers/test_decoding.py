@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gemma_tune.answers import decoding, routing
+from gemma_tune.answers import decoders, decoding, routing
 from gemma_tune.answers.generation import continuations, greedy_continuations
 from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.stream import Stream
@@ -42,7 +42,7 @@ def chat(talkative):
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Let answers be made by the loop here, as on a GPU but without capture."""
-    monkeypatch.setattr(decoding, "pays", lambda model: model not in decoding._given_up and not decoding.unknown(model))
+    monkeypatch.setattr(decoding, "pays", lambda model: model not in decoders._given_up and not decoding.unknown(model))
 
 
 def batch(prompts=PROMPTS, device="cpu"):
@@ -119,21 +119,21 @@ def test_the_limit_counts_exactly(model, limit):
 
 
 def test_a_cache_grows_with_its_answer(model, monkeypatch):
-    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoders, "SMALLEST", 16)
     monkeypatch.setattr(decoding, "ROOM", 4)
     assert ours(model, limit=70) == theirs(model, limit=70)
-    assert [decoder.size for decoder in decoding._kept[model]] == [128]
+    assert [decoder.size for decoder in decoders._kept[model]] == [128]
 
 
 def test_a_cache_is_used_again_and_goes_with_its_model(model):
     first = ours(model)
-    [decoder] = decoding._kept[model]
+    [decoder] = decoders._kept[model]
     assert ours(model, [PROMPTS[1]] * 3) == theirs(model, [PROMPTS[1]] * 3)
     assert ours(model) == first, "nothing of the answer in between is left"
-    assert decoding._kept[model] == [decoder]
+    assert decoders._kept[model] == [decoder]
     for rows in (1, 2):
         ours(model, PROMPTS[:rows])
-    assert [len(decoder.ids) for decoder in decoding._kept[model]] == [1, 2], "few are kept"
+    assert [len(decoder.ids) for decoder in decoders._kept[model]] == [1, 2], "few are kept"
 
 
 def read_and_written(model, prompt, limit=6) -> list[int]:
@@ -178,11 +178,11 @@ def test_another_conversation_is_read_from_its_beginning(model):
 
 
 def test_what_was_read_moves_to_a_larger_cache(model, monkeypatch):
-    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoders, "SMALLEST", 16)
     monkeypatch.setattr(decoding, "ROOM", 4)
     turn = read_and_written(model, list(range(40, 52))) + list(range(90, 102))
     assert first_read(model, turn) == 13
-    assert {decoder.size for decoder in decoding._kept[model]} == {64}
+    assert {decoder.size for decoder in decoders._kept[model]} == {64}
 
 
 def adapted(talkative):
@@ -211,17 +211,17 @@ def test_base_and_adapter_keep_a_conversation_each(talkative):
         with model.disable_adapter():
             assert first_read(model, base) == 1
         turn = [*tuned, 50, 61]
-    assert len(decoding._kept[model]) == 2
+    assert len(decoders._kept[model]) == 2
     assert first_read(model, turn) == 2, "and what is answered next goes on from its own"
     # A batch in between takes the place of one of them, and not of the one that spoke last.
     ours(model)
-    assert len(decoding._kept[model]) == 2 and first_read(model, turn) == 1
+    assert len(decoders._kept[model]) == 2 and first_read(model, turn) == 1
 
 
 def test_a_cache_goes_with_its_model(talkative):
     model = load_model(talkative, FP32).eval()
     ours(model)
-    keys = weakref.ref(decoding._kept[model][0].cache.layers[0].keys)
+    keys = weakref.ref(decoders._kept[model][0].cache.layers[0].keys)
     del model
     gc.collect()
     assert keys() is None
@@ -236,11 +236,11 @@ def test_an_adapter_answers_as_itself_and_switched_off_as_its_base(talkative):
     assert not decoding.unknown(model)
     tuned = ours(model)
     assert tuned == theirs(model) != expected
-    on = decoding._state(model)
+    on = decoders.state_of(model)
     with model.disable_adapter():
         assert ours(model) == expected
-        assert decoding._state(model) != on, "what was captured with the adapter is not replayed without it"
-    assert decoding._state(model) == on
+        assert decoders.state_of(model) != on, "what was captured with the adapter is not replayed without it"
+    assert decoders.state_of(model) == on
     assert ours(model) == tuned
 
 
@@ -289,7 +289,7 @@ def test_steps_that_are_replayed_write_what_generate_writes(family, tmp_path, mo
             answers.append(answer(model, [turn], stops=(), arguments=arguments, **({"capture": True} if answer is ours else {})))
         assert answers[0] == answers[1]
         turn = [*turn, *answers[0][0], *new]
-    assert Graph.replays > 60 and model not in decoding._given_up, decoding._given_up.get(model)
+    assert Graph.replays > 60 and model not in decoders._given_up, decoders._given_up.get(model)
 
 
 # --- what it does not know, and what fails ------------------------------------------------------------------------
@@ -328,15 +328,15 @@ def test_no_token_made_of_logits_that_are_not_finite_is_given_out(model, argumen
     given = []
     with torch.inference_mode(), pytest.raises(UserError, match="is not finite, though its weights are"):
         given.extend(decoding.decoded(model, *batch(), stop_ids=[], pad=0, limit=9, arguments=arguments, every=1))
-    assert model not in decoding._given_up, "the model is to blame, and generate would say the same"
+    assert model not in decoders._given_up, "the model is to blame, and generate would say the same"
 
 
 def test_an_answer_that_fails_here_is_made_by_generate(model, chat, on_cpu, monkeypatch):
     expected = greedy_continuations(model, chat, PROMPTS, 12)
-    monkeypatch.setattr(decoding.Decoder, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
+    monkeypatch.setattr(decoders.Decoder, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
     assert greedy_continuations(model, chat, PROMPTS, 12) == expected
-    assert "out of memory" in decoding._given_up[model]
-    assert model not in decoding._kept
+    assert "out of memory" in decoders._given_up[model]
+    assert model not in decoders._kept
     assert not decoding.pays(model)
 
 
@@ -344,32 +344,32 @@ def test_a_stream_that_fails_goes_on_where_it_was(model, chat, on_cpu, monkeypat
     question = [{"role": "user", "content": "a"}]
     plain = Stream(model, chat, question, 12, GREEDY)
     expected = "".join(plain)
-    step, calls = decoding.Decoder.step, itertools.count()
+    step, calls = decoders.Decoder.step, itertools.count()
 
     def fails(self, *args):
         if next(calls) == 5:
             raise RuntimeError("the cache is of another kind")
         step(self, *args)
 
-    monkeypatch.setattr(decoding.Decoder, "step", fails)
+    monkeypatch.setattr(decoders.Decoder, "step", fails)
     stream = Stream(model, chat, question, 12, GREEDY)
     assert "".join(stream) == expected
     assert stream.finish() == plain.finish()
-    assert model in decoding._given_up
+    assert model in decoders._given_up
 
 
 def test_what_cannot_be_captured_goes_on_uncaptured(model, on_cpu, monkeypatch):
     """Here there is no CUDA at all, so the capture fails after the first tokens."""
     assert ours(model, capture=True) == theirs(model)
-    assert "cannot be captured" in decoding._given_up[model]
+    assert "cannot be captured" in decoders._given_up[model]
     assert not decoding.pays(model)
 
 
 def test_a_capture_that_is_broken_off_leaves_nothing_behind(model, monkeypatch):
-    captures, usable = install(monkeypatch), decoding.Decoder._usable
-    monkeypatch.setattr(decoding.Decoder, "_usable", lambda self, logits: usable(self, logits + 0 * logits.sum().item()))
+    captures, usable = install(monkeypatch), decoders.Decoder._usable
+    monkeypatch.setattr(decoders.Decoder, "_usable", lambda self, logits: usable(self, logits + 0 * logits.sum().item()))
     assert ours(model, capture=True) == theirs(model)
-    assert "when stream is capturing" in decoding._given_up[model] and not Graph.replays
+    assert "when stream is capturing" in decoders._given_up[model] and not Graph.replays
     torch.cuda.empty_cache()
     assert not captures.underway and not sum(captures.pools.values())
 
@@ -384,7 +384,7 @@ def test_a_step_needs_no_number_and_nothing_of_the_cpu(family, tmp_path):
     """What is captured on a GPU: the step that chooses the best token, and the one whose logits are drawn from."""
     model = loaded(family, tmp_path, "cpu", torch.bfloat16).to(THERE)
     with torch.inference_mode(False), torch.no_grad(), computing_there() as operations:
-        decoder = decoding.Decoder(model, 2, 64)
+        decoder = decoders.Decoder(model, 2, 64)
         ids = there((2, 9), torch.long)
         decoder.begin(model, ids, torch.ones_like(ids), frozenset((1,)), 0, None, 7, 0)
         operations.elsewhere.clear()
@@ -438,8 +438,8 @@ def test_captured_ids_are_those_made_without(on_gpu, chosen):
         torch.manual_seed(3)
         made.append(ours(on_gpu, limit=100, arguments=arguments, capture=capture))
     assert made[0] == made[1] == made[2]
-    assert on_gpu not in decoding._given_up, decoding._given_up.get(on_gpu)
-    [decoder] = decoding._kept[on_gpu]
+    assert on_gpu not in decoders._given_up, decoders._given_up.get(on_gpu)
+    [decoder] = decoders._kept[on_gpu]
     assert decoder.replays
 
 
@@ -449,23 +449,23 @@ def test_captured_ids_of_every_gemma(family, tmp_path):
     model = loaded(family, tmp_path, "cuda", torch.float32)
     prompts = PROMPTS[:1] if family == "gemma4-experts" else PROMPTS  # of more its products wait in fp32
     assert ours(model, prompts, limit=40, capture=False) == ours(model, prompts, limit=40)
-    assert decoding._kept[model][-1].replays and model not in decoding._given_up, decoding._given_up.get(model)
+    assert decoders._kept[model][-1].replays and model not in decoders._given_up, decoders._given_up.get(model)
 
 
 @gpu
 def test_a_captured_answer_outgrows_its_cache(on_gpu, monkeypatch):
-    monkeypatch.setattr(decoding, "SMALLEST", 16)
+    monkeypatch.setattr(decoders, "SMALLEST", 16)
     monkeypatch.setattr(decoding, "ROOM", 4)
     expected = ours(on_gpu, limit=90, capture=False)
-    decoding._kept.pop(on_gpu)  # else it would begin with a cache that has the room
+    decoders._kept.pop(on_gpu)  # else it would begin with a cache that has the room
     assert ours(on_gpu, limit=90) == expected
 
 
 @gpu
 def test_the_second_turn_replays_what_the_first_captured(on_gpu, chat, monkeypatch):
     captures = []
-    capture = decoding.Decoder._capture
-    monkeypatch.setattr(decoding.Decoder, "_capture", lambda self, model: (captures.append(1), capture(self, model)))
+    capture = decoders.Decoder._capture
+    monkeypatch.setattr(decoders.Decoder, "_capture", lambda self, model: (captures.append(1), capture(self, model)))
     texts = []
     for text in ("a", "seven wizards box quietly", "a"):
         stream = Stream(on_gpu, chat, [{"role": "user", "content": text}], 60, GREEDY)
@@ -484,7 +484,7 @@ def test_an_adapter_that_is_switched_off_is_captured_apart(on_gpu):
     with model.disable_adapter():
         assert ours(model) == expected != tuned
     assert ours(model) == tuned
-    [decoder] = decoding._kept[model]
+    [decoder] = decoders._kept[model]
     assert len(decoder._captured) == 2
 
 

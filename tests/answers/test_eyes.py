@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -26,20 +27,17 @@ _OF_PICTURES = ("pixel_values", "image_position_ids", "image_sizes", "image_grid
 @pytest.fixture(scope="session")
 def seers(tmp_path_factory):
     """Random models by family, made when they are asked for."""
-    made: dict[str, Path] = {}
-
+    @functools.cache
     def of(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("seers") / name
-            if name == "gemma3":
-                make_seeing(folder)
-            else:
-                make_seer(name, folder)
-            if name.startswith("gemma4"):  # whose random tower knows no more than 40 places to a side
-                path = folder / "processor_config.json"
-                path.write_text(path.read_text().replace('"max_soft_tokens": 280', '"max_soft_tokens": 70'))
-            made[name] = folder
-        return made[name]
+        folder = tmp_path_factory.mktemp("seers") / name
+        if name == "gemma3":
+            make_seeing(folder)
+        else:
+            make_seer(name, folder)
+        if name.startswith("gemma4"):  # whose random tower knows no more than 40 places to a side
+            path = folder / "processor_config.json"
+            path.write_text(path.read_text().replace('"max_soft_tokens": 280', '"max_soft_tokens": 70'))
+        return folder
 
     return of
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-from gemma_tune.answers import decoding, generation
+from gemma_tune.answers import decoders, decoding, generation
 from gemma_tune.answers.generation import BROKEN, _cut, greedy_continuations, prompt_ids
 from gemma_tune.answers.kept import KeptTurns
 from gemma_tune.answers.prompts import Prompt
@@ -70,14 +71,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory, pictures):
-    made: dict[str, Case] = {}
-
-    def of(name: str) -> Case:
-        if name not in made:
-            made[name] = Case(name, tmp_path_factory.mktemp("seers") / name, pictures)
-        return made[name]
-
-    return of
+    return functools.cache(lambda name: Case(name, tmp_path_factory.mktemp("seers") / name, pictures))
 
 
 @pytest.fixture
@@ -173,7 +167,7 @@ def test_a_cache_of_fixed_size_reads_pictures(case, family):
     with torch.inference_mode():
         groups = list(decoding.decoded(case.model, ids, mask, stop_ids=case.chat.stop_ids, pad=0, limit=TOKENS, arguments=GREEDY,
                                        every=4, capture=False, beside=lambda read: shown))
-        assert groups and case.model not in decoding._given_up
+        assert groups and case.model not in decoders._given_up
         for n, row in enumerate(rows):
             written = [token for group in groups for token in group[n]]
             expected = case.theirs(row)
@@ -184,14 +178,14 @@ def test_a_cache_of_fixed_size_reads_pictures(case, family):
 def test_such_a_cache_keeps_pictures_from_turn_to_turn(case, family, monkeypatch):
     case, turns, read = case(family), [], []
     monkeypatch.setattr(decoding, "pays", lambda model: True)
-    taken = decoding._take
-    monkeypatch.setattr(decoding, "_take", lambda *args: read.append(found := taken(*args)) or found)
+    taken = decoding.take
+    monkeypatch.setattr(decoding, "take", lambda *args: read.append(found := taken(*args)) or found)
     for question in (asked("see", "1.png"), asked("and"), asked("this", "2.png"), asked("so?")):
         turns = [*turns, question]
         found = answer(case, None, turns)
         assert found == case.theirs(turns)
         turns = [*turns, {"role": "assistant", "content": case.said(found).strip() or "nothing"}]
-    assert len(read) == 4 and case.model not in decoding._given_up
+    assert len(read) == 4 and case.model not in decoders._given_up
     assert read[0][1] == 0 < read[3][1], "most of a prompt has been read before"
     other = [asked("see", "0.png"), *turns[1:3]]
     assert answer(case, None, other) == case.theirs(other)
@@ -203,14 +197,14 @@ def test_a_batch_of_one_reads_its_own_picture(case, monkeypatch):
     case, turns = case("gemma3"), [[asked("what is it here", name)] for name in ("0.png", "2.png", "2.png")]
     monkeypatch.setattr(decoding, "pays", lambda model: True)
     logits = []
-    usable = decoding.Decoder._usable
-    monkeypatch.setattr(decoding.Decoder, "_usable", lambda self, scores: logits.append(scores.clone()) or usable(self, scores))
+    usable = decoders.Decoder._usable
+    monkeypatch.setattr(decoders.Decoder, "_usable", lambda self, scores: logits.append(scores.clone()) or usable(self, scores))
     for one in turns:
         logits.clear()
         greedy_continuations(case.model, case.chat, [prompt_ids(case.chat, one)], TOKENS, pictures=[Prompt(one).pictures], seen=case.seen)
         expected = case.generated(one)[1]
         torch.testing.assert_close(torch.cat(logits[:len(expected)]), expected, rtol=1e-4, atol=1e-4)
-    assert case.model not in decoding._given_up and differ(case, *turns[:2])
+    assert case.model not in decoders._given_up and differ(case, *turns[:2])
 
 
 def test_where_tokens_are_reckoned_from_pictures_generate_answers(case, monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from chat_speed import QUESTIONS
 
-from gemma_tune.answers import decoding
+from gemma_tune.answers import decoders, decoding
 from gemma_tune.base.listener import Listener
 from gemma_tune.chat import local
 from gemma_tune.config.stages import ChatConfig
@@ -52,8 +52,8 @@ def talk(run: str | None, turns: int, tokens: int) -> dict[str, Any]:
             found[name]["pace"].append(pace)
         messages.append({"role": "assistant", "content": answers["adapter"] or "…"})
         found["reserved"].append(torch.cuda.memory_reserved() if on_gpu else None)
-    return found | {"not_captured": decoding._given_up.get(model) or decoding.unknown(model) or (
-        "" if on_gpu else "no CUDA GPU"), "captured": sum(len(d._captured) for d in decoding._kept.get(model, []))}
+    return found | {"not_captured": decoders._given_up.get(model) or decoding.unknown(model) or (
+        "" if on_gpu else "no CUDA GPU"), "captured": sum(len(d._captured) for d in decoders._kept.get(model, []))}
 
 
 def main() -> None:
