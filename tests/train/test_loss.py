@@ -117,6 +117,12 @@ def test_blocks_and_chunks_of_any_size_give_the_same(monkeypatch, row_block, chu
     assert relative_error(hidden.grad, expected_gradient) < 1e-12
 
 
+@pytest.mark.parametrize("rows", [0, 1, 636, 956, 1024])
+def test_rows_of_logits_begin_at_aligned_addresses(rows):
+    width = module._chunk_width(module.CHUNK, rows)
+    assert width % module.ALIGNED == 0 and width * rows <= module.CHUNK < (width + module.ALIGNED) * max(1, rows)
+
+
 def test_more_rows_than_one_block():
     hidden, weight, labels = batch(rows=4, length=1101, dtype=torch.float32)
     assert (labels[:, 1:] != IGNORE_INDEX).sum() > 2 * module.ROW_BLOCK
@@ -299,7 +305,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_the_logits_of_a_batch_are_never_built(monkeypatch, dtype, with_grad):
     monkeypatch.setattr(module, "ROW_BLOCK", 256)
-    monkeypatch.setattr(module, "CHUNK", 256 * 300)
+    monkeypatch.setattr(module, "CHUNK", 256 * 320)
     generator = torch.Generator().manual_seed(0)
     rows, length, vocabulary = 4, 257, 4096
     hidden = torch.randn(rows, length, 8, generator=generator).to(dtype).requires_grad_(with_grad)
@@ -309,7 +315,7 @@ def test_the_logits_of_a_batch_are_never_built(monkeypatch, dtype, with_grad):
         total = linear_cross_entropy(hidden, weight, labels)
         if with_grad:
             total.backward()
-    chunks = 4 * math.ceil(vocabulary / 300)
+    chunks = 4 * math.ceil(vocabulary / 320)
     assert seen.products == chunks * (1 + with_grad), "each chunk of logits is made once, and used once for the gradient"
     assert seen.largest == module.CHUNK
     with Allocations() as plain:
