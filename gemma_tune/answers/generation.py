@@ -121,7 +121,7 @@ def finite_logits(model: Any) -> Any:
     from transformers import LogitsProcessor, LogitsProcessorList
 
     class Finite(LogitsProcessor):
-        def __call__(self, input_ids, scores):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
             refuse_not_finite(scores, model)
             return scores
 

@@ -241,7 +241,7 @@ class Stream(Streaming):
         stopped = self.stopping
 
         class Stopped(StoppingCriteria):
-            def __call__(self, input_ids, scores, **kwargs):
+            def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
                 return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
         before = self._ids + self._pieces.ids

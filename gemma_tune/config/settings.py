@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -23,7 +23,8 @@ from gemma_tune.base.secrets import is_token, place_of
 from gemma_tune.base.words import counted, near, shown
 
 
-def option(default: Any, help: str, *, least: float | None = None, most: float | None = None, choices=None, **extra):
+def option(default: Any, help: str, *, least: float | None = None, most: float | None = None,
+           choices: Sequence[str] | None = None, **extra: Any) -> Any:
     """Declare one setting: its default, the sentence people read in ``--help``, and its limits.
 
     ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how. ``group``

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def _words_for_true_and_false(content: Mapping[Any, Any]) -> None:
                 section[f.name] = "on" if section[f.name] else "off"
 
 
-def _yaml_problems(content: Mapping[str, Any]):
+def _yaml_problems(content: Mapping[str, Any]) -> Iterator[str]:
     for key, section in content.items():
         if key in TEXTS:
             if not isinstance(section, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from gemma_tune.base.words import first_line, gigabytes
@@ -100,7 +100,7 @@ def product(place: str, dtype: torch.dtype) -> tuple[float, float]:
     return float((result[part].double() - right).abs().max() / right.std()), 2 * side ** 3 / best
 
 
-def _timed(work, place: str) -> float:
+def _timed(work: Callable[[], object], place: str) -> float:
     import torch
 
     began = time.perf_counter()

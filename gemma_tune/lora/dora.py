@@ -34,7 +34,8 @@ class Dora(DoraLinearVariant):
     def __init__(self, *, squares: torch.Tensor | None = None, gain: torch.Tensor | None = None):
         self.squares, self.gain = squares, gain
 
-    def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any):
+    def forward(self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+                ) -> torch.Tensor:
         """Args: x (…, in); result (…, out), what the base layer gave. Returns (…, out) in result's type."""
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         scale, bias, narrow = module.scaling[active_adapter], module.get_base_layer().bias, result.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import Interrupted, UserError
 from gemma_tune.base.machine import is_out_of_memory
@@ -18,9 +18,15 @@ from gemma_tune.train.memory import BatchChoice, out_of_memory
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.verdict import validation_losses
 
+if TYPE_CHECKING:
+    from gemma_tune.train.best import Best
+    from gemma_tune.train.callbacks import MetricsLog, StopRequest
+    from gemma_tune.train.samples import Samples
+    from gemma_tune.train.trainer import GemmaTrainer
 
-def run_steps(trainer, log, stop, best, samples, session: Session, choice: BatchChoice, checkpoint: Path | None,
-              startup: Startup) -> dict[str, Any]:
+
+def run_steps(trainer: GemmaTrainer, log: MetricsLog, stop: StopRequest, best: Best, samples: Samples, session: Session,
+              choice: BatchChoice, checkpoint: Path | None, startup: Startup) -> dict[str, Any]:
     """Evaluate, train, evaluate, and put the best adapter into the model; figures for the summary."""
     evaluates = trainer.eval_dataset is not None
     try:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 QUESTION, ANSWER = "Say number 3.", "The number is 3, no more."
-SEVEN = "The number is 7, no more."
 
 
 @pytest.fixture

@@ -50,8 +50,6 @@ from support.templates import (
     user,
 )
 
-MODEL_TURN = "<start_of_turn>model\n"
-
 
 def talk(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]

@@ -27,7 +27,6 @@ from support.llamas import save_random, tokenizer_with_turns
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=16, max_position_embeddings=512)
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
-OF_LAYERS = ["linear_attention", "full_attention"]
 FAMILIES = {
     "qwen3_moe": dict(num_experts=4, mlp_only_layers=[0], **EXPERTS),  # the first layer is none of experts
     "deepseek_v3": dict(q_lora_rank=16, head_dim=8, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
