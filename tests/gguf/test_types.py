@@ -17,7 +17,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.config import stages as config
+from gemma_tune.config import results as config
 from gemma_tune.gguf import types as gguf_types
 from gemma_tune.gguf.check import LARGEST_ERROR
 from gemma_tune.gguf.reader import GgufFile

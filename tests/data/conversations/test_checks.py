@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tune.config import stages as config
+from gemma_tune.config import preparation as config
 from gemma_tune.data.conversations.checks import FOREIGN, TextChecks
 from gemma_tune.data.conversations.formats import Example, Formats
 

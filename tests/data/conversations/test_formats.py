@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_tune.base import shell
-from gemma_tune.config import stages as config
+from gemma_tune.config import preparation as config
 from gemma_tune.data.conversations import formats
 from gemma_tune.data.conversations.formats import Example, Formats
 from gemma_tune.data.conversations.problems import MOST_PROBLEMS, Problem, RowError
