@@ -17,7 +17,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.tensors import open_tensors
-from gemma_tune.gguf import tensors, writer
+from gemma_tune.gguf import tensors as gguf_tensors
+from gemma_tune.gguf import writer
 from gemma_tune.gguf.architectures.parts import TensorSpec
 from gemma_tune.gguf.architectures.registry import architecture_of
 from gemma_tune.gguf.check import worst_error
@@ -83,7 +84,7 @@ def test_how_many_experts_a_token_meets_is_known(checkpoint):
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
 def test_a_few_rows_at_a_time_give_the_same_file(checkpoint, quant, monkeypatch):
     whole = export(checkpoint, quant).read_bytes()
-    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 7 * 64)
+    monkeypatch.setattr(gguf_tensors, "CHUNK_ELEMENTS", 7 * 64)
     assert export(checkpoint, quant).read_bytes() == whole
 
 
@@ -92,7 +93,7 @@ def test_writing_holds_no_layers_experts_at_once(tmp_path, monkeypatch):
     config = Qwen3MoeConfig(vocab_size=len(tokenizer), hidden_size=256, moe_intermediate_size=256, num_experts=48, num_hidden_layers=1,
                             num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, norm_topk_prob=True)
     save_random(Qwen3MoeForCausalLM(config), tokenizer, tmp_path)
-    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 256 * 256)
+    monkeypatch.setattr(gguf_tensors, "CHUNK_ELEMENTS", 256 * 256)
     export(tmp_path)  # what is loaded once
     tracemalloc.start()
     try:
