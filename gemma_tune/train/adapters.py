@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from gemma_tune.train.products import wide_product
 from gemma_tune.train.undoing import set_until
+from gemma_tune.train.unpacking import Room
 
 
 class LoraLinear(torch.autograd.Function):
@@ -135,8 +136,9 @@ def replace_adapters(model: torch.nn.Module, undo: contextlib.ExitStack, narrow:
     """
     from peft.tuners.lora import LoraLayer
 
+    room = Room()
     found = [(layer, dense) for layer in model.modules()
-             if isinstance(layer, LoraLayer) and (dense := dense_weight(layer))]
+             if isinstance(layer, LoraLayer) and (dense := dense_weight(layer, room))]
     copies = NarrowCopies([weight for layer, _ in found for weight in _factors(layer)] if narrow else [])
     for number, (layer, dense) in enumerate(found):
         rounded = partial(_copied, copies, number) if narrow else None
@@ -154,8 +156,13 @@ def _copied(copies: NarrowCopies, number: int, dtype: torch.dtype) -> tuple[torc
     return copies.of(2 * number, dtype), copies.of(2 * number + 1, dtype)
 
 
-def dense_weight(layer: Any) -> Callable[[], torch.Tensor] | None:
-    """A function that gives the base weight (out, in) in the compute type; None for a layer that is left to PEFT."""
+def dense_weight(layer: Any, room: Room) -> Callable[[], torch.Tensor] | None:
+    """A function that gives the base weight (out, in) in the compute type, for the next product; None for a layer that
+    is left to PEFT.
+
+    Args:
+        room: where weights in 4 bits are unpacked.
+    """
     base = layer.get_base_layer()
     names = layer.active_adapters
     plain = (len(names) == 1 and names[0] in layer.lora_A and names[0] not in layer.lora_variant and not layer.merged
@@ -167,9 +174,7 @@ def dense_weight(layer: Any) -> Callable[[], torch.Tensor] | None:
     state = getattr(base.weight, "quant_state", None)
     # Weights that bitsandbytes has packed for answering on a CPU cannot be read back, see models.load_model.
     if type(base).__name__ == "Linear4bit" and state and not getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import dequantize_4bit
-
-        return lambda: dequantize_4bit(base.weight.data, base.weight.quant_state)
+        return lambda: room.unpacked(base.weight.data, base.weight.quant_state)
     return None
 
 

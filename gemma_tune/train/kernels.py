@@ -25,6 +25,7 @@ from gemma_tune.train.attention import causal_attention_or
 from gemma_tune.train.cuda_attention import fastest_attention_or, forget_layers
 from gemma_tune.train.products import has_kernels
 from gemma_tune.train.undoing import set_until
+from gemma_tune.train.unpacking import Room
 
 
 class FastLayers(dict[str, int]):
@@ -80,7 +81,7 @@ def compiled_layers(model: torch.nn.Module) -> Iterator[None]:
 
     with contextlib.ExitStack() as undo:
         for layer in model.modules():
-            if isinstance(layer, LoraLayer) and dense_weight(layer) is not None:
+            if isinstance(layer, LoraLayer) and dense_weight(layer, Room()) is not None:
                 undo.callback(setattr, layer, "__class__", type(layer))
                 layer.__class__ = _seen_through(type(layer))
         for layer in _decoder_layers(model):
