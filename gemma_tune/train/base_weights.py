@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.base.tensors import StoredTensor, open_tensors
+from gemma_tune.base.tensors import READABLE, StoredTensor, open_tensors
 from gemma_tune.lora.names import found_among, running_name
 from gemma_tune.lora.whole import copies_in, each_once
 
 BLOCK = 8192  # rows of a weight that are read, or compared, at once
-_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _OF_BASE = ".original_module."  # in the name that PEFT gives a weight of the base's module beside the copy
 
 
@@ -56,7 +56,7 @@ class BaseWeights:
         self._leave()
 
     def _same(self, weight: torch.Tensor, there: StoredTensor) -> bool:
-        return (there.dtype in _TYPES and there.shape == tuple(weight.shape)
+        return (there.dtype in READABLE and there.shape == tuple(weight.shape)
                 and all(map(torch.equal, weight.split(BLOCK), _read(there, weight))))
 
     def _leave(self) -> None:
@@ -132,7 +132,7 @@ def _seen(path: Path) -> tuple[int, int] | None:
 
 
 def _read(there: StoredTensor, like: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Some rows at a time, in the type and on the device of another."""
-    for start in range(0, there.shape[0], BLOCK):
-        rows = torch.frombuffer(there.raw(start, start + BLOCK), dtype=_TYPES[there.dtype])
-        yield rows.view(-1, *there.shape[1:]).to(like.device, like.dtype)
+    """Some rows at a time, in the type and on the device of another; the file is mapped for no longer than that."""
+    with safe_open(there.path, framework="pt") as file:
+        for rows in file.get_tensor(there.name).split(BLOCK):
+            yield rows.to(like.device, like.dtype)

@@ -131,7 +131,9 @@ def train_whole(model: Any) -> NarrowCopies:
     weights = {id(p): p for _, module in pairs for p in module.parameters(recurse=False)}
     for base, module in pairs:
         for name, weight in module.named_parameters(recurse=False):
-            weight.data = base.get_parameter(name).detach().to(torch.float32, copy=True)
+            began = base.get_parameter(name).detach()
+            if {weight.dtype, began.dtype} != {torch.float32}:  # else PEFT's copy is one bit for bit
+                weight.data = began.to(torch.float32, copy=True)
     numbers = {key: number for number, key in enumerate(weights)}
     copies = NarrowCopies([*weights.values()])
     for base, module in pairs:
