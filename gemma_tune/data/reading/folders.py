@@ -49,8 +49,10 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
         held_out: they are for validation, so that of a dataset with splits those files are taken.
 
     Raises:
-        UserError: there are none, or a part of the directory cannot be read, or it is not clear which split is meant.
+        UserError: there are none, or a part of the directory cannot be read, or it is not clear which split is meant;
+            or it is a run's.
     """
+    _refuse_run(folder)
     there = sorted(_below(folder, keep))
     data = data_among(there, how)
     if not data:
@@ -73,6 +75,23 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
     elif others:
         listener.note(f"{folder}: not validated with: {_named(folder, others)}")
     return taken
+
+
+def _refuse_run(folder: Path) -> None:
+    """A run is named behind --run, and holds much beside its rows that looks like data.
+
+    Raises:
+        UserError: the directory is one.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(manifest, dict) and {"gemma_tune", "stages"} <= manifest.keys():
+        rows = folder / "data" / "train.jsonl"
+        again = f"; to prepare its rows for another run, name them: {shell.quote(str(rows))}" if rows.exists() else ""
+        raise UserError(f"{folder} is a run, and no data",
+                        f"to work on it, name it behind --run: --run {shell.quote(str(folder))}{again}")
 
 
 def _about_pictures(folder: Path, there: Sequence[Path]) -> str | None:

@@ -503,6 +503,18 @@ def test_directories_are_searched_for_data(tree):
     assert notes.notes == ["data: 4 data files; 1 other passed over (.md)"]
 
 
+def test_a_run_is_no_data(tree):
+    """As in `gemma-tune train runs/x`, which would learn what else lies there in the newest run."""
+    assert found("data/runs/x") == [("data/runs/x/data/train.jsonl", "jsonl-or-json"), ("data/runs/x/manifest.json", "jsonl-or-json")]
+    Path("data/runs/x/manifest.json").write_text('{"schema": 1, "gemma_tune": "0.1", "stages": {}}')
+    error = refused("data/runs/x/")
+    assert error.message == "data/runs/x is a run, and no data"
+    assert error.hint == ("to work on it, name it behind --run: --run data/runs/x; to prepare its rows for another run, name them: "
+                          "data/runs/x/data/train.jsonl")
+    Path("data/runs/x/data/train.jsonl").unlink()
+    assert refused("data/runs/x").hint.endswith("--run data/runs/x")
+
+
 def test_globs_leave_out_what_runs_wrote(tree):
     assert Path("data/runs/x/data/train.jsonl").exists()
     assert [name for name, _ in found("**/*.jsonl")] == ["one.jsonl"]
