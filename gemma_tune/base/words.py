@@ -113,6 +113,18 @@ def nearest(word: str, known: Iterable[str], most: int = 1, least: float = 0.6) 
     return difflib.get_close_matches(word, known, most, least) or begun[:most]
 
 
+_FULL_WIDTH = dict(zip("，：＝％；－\u3000", ",:=%;- "))  # signs that Chinese input methods type
+
+
+def full_width(text: str) -> str:
+    """The end of a message about a text with signs that look like those which were meant.
+
+    >>> full_width("user=问题，assistant=回答"), full_width("a,b")
+    ('; `，` is not `,`', '')
+    """
+    return "".join(f"; `{sign}` is not `{meant}`" for sign, meant in _FULL_WIDTH.items() if sign in text)
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: what it may have been meant to be."""
     return "".join(f"; did you mean `{match}`?" for match in nearest(word, known))

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.secrets import is_token, place_of
-from gemma_tune.base.words import counted, near, shown
+from gemma_tune.base.words import counted, full_width, near, shown
 
 
 def option(default: Any, help: str, *, least: float | None = None, most: float | None = None,
@@ -44,6 +44,7 @@ class StageConfig:
         kinds = types_of(type(self))
         problems = [p for f in dataclasses.fields(self) if (p := problem_of(f, kinds[f.name], getattr(self, f.name)))]
         problems += [] if problems else self.more_problems()
+        problems = [f"{p}{full_width(value_in_words(getattr(self, p.partition(':')[0], None)))}" for p in problems]
         if problems:
             raise UserError(f"{counted(len(problems), 'setting')} of `{self.section}` cannot be used",
                             f"see `gemma-tune {self.section} --help` for what each setting takes", problems)

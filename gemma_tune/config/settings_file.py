@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import counted, near, shown, visible
+from gemma_tune.base.words import counted, full_width, near, shown, visible
 from gemma_tune.config.habits import meant_in_file
 from gemma_tune.config.settings import converted, no_name, plain, problem_of, types_of
 from gemma_tune.config.stages import CONFIGS
@@ -74,7 +74,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}",
+        raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}"
+                        f"{full_width(content) if isinstance(content, str) else ''}",
                         "write `train:` and its settings indented below it")
     _words_for_true_and_false(content)
     problems = list(_yaml_problems(content))
@@ -109,7 +110,7 @@ def _yaml_problems(content: Mapping[str, Any]) -> Iterator[str]:
                 above, habit = [], _KINDS_OF_ADAPTERS[kind]
             yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
                    f"{key}: unknown section; {habit}" if habit else
-                   f"{key}: unknown section{near(str(key), [*TEXTS, *CONFIGS])}")
+                   f"{key}: unknown section{full_width(str(key)) or near(str(key), [*TEXTS, *CONFIGS])}")
         elif section is None:  # all its settings are commented out
             continue
         elif not isinstance(section, dict):
@@ -119,7 +120,8 @@ def _yaml_problems(content: Mapping[str, Any]) -> Iterator[str]:
             for name, value in section.items():
                 if name not in known:
                     habit = None if str(name).replace("-", "_") in known else meant_in_file(str(name))
-                    yield f"{key}.{name}: unknown setting" + (f"; {habit}" if habit else near(str(name), known))
+                    yield f"{key}.{name}: unknown setting" + (
+                        f"; {habit}" if habit else full_width(str(name)) or near(str(name), known))
                 elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
                     yield f"{key}.{problem}"
                 elif not known[name].metadata.get("prose") and any(map(_CONTROL.search, _texts(value))):

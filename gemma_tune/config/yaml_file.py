@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.special import read_bounded
+from gemma_tune.base.words import full_width
 
 _MOST_BYTES = 1 << 20
 _MOST_VALUES = 10_000  # with each alias counted as all that it stands for; there are some dozens of settings
@@ -23,7 +24,8 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        loader = yaml.SafeLoader(read_bounded(path, _MOST_BYTES).decode())
+        text = read_bounded(path, _MOST_BYTES).decode()
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         _refuse_endless(node, path)
         if node is not None and (twice := list(_twice(node, path))):
@@ -39,8 +41,9 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = str(getattr(e, "problem", None) or e).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {problem}",
-                        _fix(problem)) from e
+        before = text.split("\n")[max(0, mark.line - 1):mark.line + 1] if mark else []  # a name without its colon
+        other = full_width("：") if any("：" in line and ":" not in line for line in before) else ""
+        raise UserError(f"{where}: not valid YAML: {problem}{other}", _fix(problem)) from e
     except (ValueError, RecursionError) as e:  # a date that does not exist, a number or brackets without end
         raise UserError(f"{path}: it holds a value that cannot be read: {e}", "put text into quotes") from e
 

@@ -156,6 +156,8 @@ NOT_ROLE_AND_COLUMN = "is not of the form ROLE=COLUMN with the roles user, assis
     ({"format": "columns"}, ["format: `columns` needs --columns user=…,assistant=…"]),
     ({"format": "alpaca", "columns": COLUMNS}, ["columns: they exclude --format alpaca"]),
     ({"columns": "user=question"}, ["columns: both `user=…` and `assistant=…` are needed, or `turns=…`"]),
+    ({"columns": "user=问题，assistant=回答"},
+     ["columns: both `user=…` and `assistant=…` are needed, or `turns=…`; `，` is not `,`"]),
     ({"columns": "user=Customer", "data": ["Message,assistant=Reply"]},  # as a shell parts what is not in quotes
      ["columns: both `user=…` and `assistant=…` are needed, or `turns=…`; a name with a space stands in quotes"]),
     ({"columns": "assistant=answer,system=s"}, ["columns: both `user=…` and `assistant=…` are needed"]),
@@ -346,6 +348,8 @@ def test_an_empty_file_sets_nothing(text):
     ("prepare: {columns: {user: q}}", ["prepare.columns: expected a list, found {'user': 'q'}; write NAME=VALUE, with commas "
                                          "between several"]),
     ("prepare: {format: chatml}", ["prepare.format: 'chatml' is not one of messages, alpaca, sharegpt"]),
+    ("prepare: {on_long：split: 1}", ["prepare.on_long：split: unknown setting; `：` is not `:`"]),
+    ("prepare:\n\u3000\u3000data: a.jsonl", ["\u3000\u3000data: unknown section; `\u3000` is not ` `"]),
     ("prepare: {seed: 4294967296}", ["prepare.seed: 4294967296 is above the largest possible 4294967295"]),
     ("export-ollama: {name: no}", ["export-ollama.name: expected text, found False"]),
     ("export-ollama: {quant: q8}", ["export-ollama.quant: 'q8' is not one of f32, bf16, f16, q8_0"]),
@@ -373,6 +377,8 @@ def test_all_problems_of_a_file_are_named_with_suggestions(text, expected):
     ("[" * 5000, "a value that cannot be read"),
     ("- train\n- rank", "expected sections such as `train:`, found list"),
     ("just words", "expected sections such as `train:`, found str"),
+    ("model：demo\ntrain：\n", "expected sections such as `train:`, found str; `：` is not `:`"),
+    ("prepare:\n  data：a.jsonl\n  valid: 0.1\n", "settings.yaml:3: not valid YAML: mapping values are not allowed here; `：`"),
     ("[]", "expected sections such as `train:`, found list"),
     ("false", "expected sections such as `train:`, found bool"),
     ("0", "expected sections such as `train:`, found int"),
