@@ -3,7 +3,7 @@
 Each case is a training of two steps in a process of its own, on rows of one length; its peak is the largest resident
 set that the system recorded. Run it from the repository:
 ``python tests/benchmarks/memory_peak.py --model demo 4x200 1x800 1x800c`` (rows x tokens, ``c`` recomputes
-activations). An error of +10 % means that the estimate is that much too high. Linux and macOS.
+activations); ``--full`` trains all weights. An error of +10 % means that the estimate is that much too high. Linux and macOS.
 """
 
 from __future__ import annotations
