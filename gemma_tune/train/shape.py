@@ -103,8 +103,8 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
     head = model.get_output_embeddings().weight
     names = names_in(model, start) if start else {}
     targets = targets_from(model, start, names) if start else targets_of(model, config)
-    if start:
-        whole_modules(model, config.modules_to_save, config.qlora)
+    if start and config.qlora:  # which none of what the adapter has as a whole may be in
+        whole_modules(model, config.modules_to_save, four_bit=True)
     whole = [model.get_submodule(name) for name in targets.whole]
     matrices = [module for module in whole if kind_of(module) == LINEAR and module.weight is not head]
     adapted = [(module.in_features, module.out_features)
