@@ -245,6 +245,11 @@ def give_up(model: Any, reason: str) -> None:
     _given_up[model] = reason
 
 
+def forget(model: Any) -> None:
+    """Free the memory of what is kept of a model."""
+    _kept.pop(model, None)
+
+
 def state_of(model: Any) -> int:
     """What a captured step depends on besides its buffers: where the weights lie, and which adapters take part."""
     adapters = [(module.disable_adapters, *module.active_adapters, *getattr(module, "merged_adapters", ()))

@@ -79,7 +79,8 @@ def beside_attention(base: Any) -> str:
 
 def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: int, limit: int,
             arguments: Mapping[str, Any], every: int, capture: bool | None = None,
-            beside: Beside = nothing_beside, known: Sequence[int | str] | None = None) -> Iterator[list[list[int]]]:
+            beside: Beside = nothing_beside, known: Sequence[int | str] | None = None, choose: Chooser | None = None,
+            learning: bool = False) -> Iterator[list[list[int]]]:
     """Continue token ids, as ``generate`` does with the same arguments.
 
     To be used under ``torch.inference_mode()``.
@@ -94,6 +95,8 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
         beside: what the model is given beside the ids to read the prompts, where it has read so many tokens of a single
             one before, see ``sight.beside``.
         known: the ids of a single prompt as ``sight.told_apart`` has them, where they are not all of it.
+        choose: how tokens are chosen, in place of what ``arguments`` say.
+        learning: the model has other weights in the same places by the next answer, which what was read does not serve.
 
     Yields:
         the next up to ``every`` tokens of each row. Iterating ends when all rows have ended, or at the limit.
@@ -104,8 +107,9 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
     """
     capture = model.device.type == "cuda" if capture is None else capture
     try:
-        yield from _decoded(model, ids, mask, frozenset(stop_ids), pad, limit, chooser(arguments, mask), every, capture,
-                            beside, known)
+        choose = choose or chooser(arguments, mask)
+        yield from _decoded(model, ids, mask, frozenset(stop_ids), pad, limit, choose, every, capture, beside, known,
+                            learning)
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001 - in as many ways as a model can differ from what is known here
@@ -114,9 +118,10 @@ def decoded(model: Any, ids: Any, mask: Any, *, stop_ids: Sequence[int], pad: in
 
 
 def _decoded(model: Any, ids: Any, mask: Any, stop_ids: frozenset[int], pad: int, limit: int, choose: Chooser | None,
-             every: int, capture: bool, beside: Beside, known: Sequence[int | str] | None) -> Iterator[list[list[int]]]:
+             every: int, capture: bool, beside: Beside, known: Sequence[int | str] | None,
+             learning: bool) -> Iterator[list[list[int]]]:
     rows, width = ids.shape
-    prompt = list(known or ids[0].tolist()) if rows == 1 and bool(mask.all()) else []
+    prompt = list(known or ids[0].tolist()) if rows == 1 and not learning and bool(mask.all()) else []
     state = state_of(model)
     decoder, same = take(model, rows, width + 1, width + min(limit, ROOM), prompt, state)
     waiting: deque[tuple[Any, Any]] = deque()

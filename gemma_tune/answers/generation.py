@@ -95,10 +95,8 @@ def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], ma
     """
     import torch
 
-    width = max(map(len, encoded))
-    pad = chat.tokenizer.pad_token_id if chat.tokenizer.pad_token_id is not None else chat.stop_ids[0]
-    ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=model.device)
-    mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
+    ids, mask, pad = padded(model, chat, encoded)
+    width = ids.shape[1]
     limit = room_for_answer(model, width, max_new_tokens)
     eye = chat.eye if any(pictures) else None
     look = partial(beside, seen, eye, ids, pictures, None)
@@ -109,11 +107,30 @@ def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], ma
                 known = told_apart(eye, encoded[0], pictures[0]) if shown and len(encoded) == 1 else None
                 groups = list(decoding.decoded(model, ids, mask, stop_ids=chat.stop_ids, pad=pad, limit=limit,
                                                arguments=arguments, every=READ_EVERY, beside=look, known=known))
-                return [_cut(chat, list(itertools.chain.from_iterable(row))) for row in zip(*groups)]
+                return [answer_of(chat, row) for row in joined(groups)]
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
                              max_new_tokens=limit, max_time=seconds, logits_processor=finite_logits(model),
                              **arguments, **shown)
-    return [_cut(chat, row[width:].tolist()) for row in out]
+    return [answer_of(chat, row[width:].tolist()) for row in out]
+
+
+def padded(model: Any, chat: ChatFormat, encoded: Sequence[list[int]]) -> tuple[Any, Any, int]:
+    """Prompts in one batch, padded on the left, where the model computes.
+
+    Returns:
+        Token ids (rows, width) and a mask (rows, width) that is 0 for padding, int64, and the id that fills up.
+    """
+    import torch
+
+    width = max(map(len, encoded))
+    pad = chat.tokenizer.pad_token_id if chat.tokenizer.pad_token_id is not None else chat.stop_ids[0]
+    ids = torch.tensor([[pad] * (width - len(e)) + list(e) for e in encoded], device=model.device)
+    return ids, torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device), pad
+
+
+def joined(groups: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """Tokens of each row, of groups of some steps' tokens of all rows, see :func:`decoding.decoded`."""
+    return [list(itertools.chain.from_iterable(row)) for row in zip(*groups)]
 
 
 def finite_logits(model: Any) -> Any:
@@ -128,7 +145,8 @@ def finite_logits(model: Any) -> Any:
     return LogitsProcessorList([Finite()])
 
 
-def _cut(chat: ChatFormat, ids: list[int]) -> Answer:
+def answer_of(chat: ChatFormat, ids: Sequence[int]) -> Answer:
+    """What these ids say up to the first token that ends an answer, if there is one."""
     end = next((n for n, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = ids if end is None else ids[:end]
     return Answer(chat.said(_whole_characters(chat, kept)), len(kept), end is not None)

@@ -38,12 +38,16 @@ def by_length(lengths: Mapping[int, int], limit: int, context: int | None, most:
 
 def rows_that_fit(model: Any, free: int) -> Callable[[int], int]:
     """How many rows of a width fit into a share of so many bytes, by the keys and values that they take."""
-    text = model.config.get_text_config()
+    a_token = keys_of_a_token(model.config.get_text_config()) * model.dtype.itemsize
+    return lambda tokens: max(1, min(MOST_ROWS, int(_SHARE * free / max(1, a_token * tokens))))
+
+
+def keys_of_a_token(text: Any) -> int:
+    """Numbers of keys and values that all layers of a text model's configuration keep of a token."""
     # Gemma 4's layers of two kinds differ in their heads.
     of_a_kind = not getattr(text, "is_heterogeneous", False)
     layers = [text] * text.num_hidden_layers if of_a_kind else list(text.per_layer_config)
-    a_token = 2 * sum(map(_width_of_keys, layers)) * model.dtype.itemsize
-    return lambda tokens: max(1, min(MOST_ROWS, int(_SHARE * free / max(1, a_token * tokens))))
+    return 2 * sum(map(_width_of_keys, layers))
 
 
 def _width_of_keys(layer: Any) -> int:

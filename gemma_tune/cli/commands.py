@@ -68,7 +68,8 @@ def prepare(ctx: typer.Context, data: o.Data = None, model: o.Model = None, revi
 
 @app.command(cls=Command)
 def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, revision: o.Revision = None,
-          run: o.Run = None, method: o.Method = None, beta: o.Beta = None, dpo_loss: o.DpoLoss = None,
+          run: o.Run = None, method: o.Method = None, reward: o.Reward = None, answers: o.Answers = None,
+          max_new_tokens: o.SampledTokens = None, beta: o.Beta = None, dpo_loss: o.DpoLoss = None,
           label_smoothing: o.LabelSmoothing = None, sft_weight: o.SftWeight = None, good_weight: o.GoodWeight = None,
           bad_weight: o.BadWeight = None, full: o.Full = None, rank: o.Rank = None, alpha: o.Alpha = None,
           dropout: o.Dropout = None, rslora: o.RsLora = None, dora: o.Dora = None,
@@ -87,9 +88,10 @@ def train(ctx: typer.Context, data: o.TrainData = None, model: o.Model = None, r
     """Train a LoRA adapter, or with --full all weights, on the prepared conversations or pairs of answers.
 
     Reads what `prepare` wrote; with DATA it prepares that first. Only the assistant's turns are learned, each with its
-    end; from pairs, to prefer the chosen answers to the rejected ones (--method). Writes the adapter in standard PEFT
-    form, checkpoints in training_checkpoints/, and logs/. Interrupted, the same command goes on; a finished one does
-    with --continue and more --epochs. With --dry-run it only shows steps, memory and time.
+    end; from pairs, to prefer the chosen answers to the rejected ones (--method), and with `grpo` from what the model
+    answers itself, by its --reward. Writes the adapter in standard PEFT form, checkpoints in training_checkpoints/, and
+    logs/. Interrupted, the same command goes on; a finished one does with --continue and more --epochs. With --dry-run
+    it only shows steps, memory and time.
 
     Example: gemma-tune train --epochs 3 --learning-rate 1e-4
     """

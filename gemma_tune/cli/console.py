@@ -21,7 +21,7 @@ from gemma_tune.cli import screen
 from gemma_tune.cli.data_report import data_report, preview
 from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
 from gemma_tune.cli.hints import in_run
-from gemma_tune.cli.live import Course, Display, preferences
+from gemma_tune.cli.live import Course, Display, preferences, rewards
 from gemma_tune.cli.screen import Text
 from gemma_tune.report.tables import MEASURES
 
@@ -127,9 +127,10 @@ class ConsoleListener(Listener):
         self._course.add(values)
         if self.quiet:
             return
-        if "eval_loss" in values:
-            screen.err.print(f"  step {values['step']}: validation loss {values['eval_loss']:.4f}"
-                             + "".join(f", {text}" for text in preferences(values, "eval_")), markup=False)
+        if what := next((name for name in ("loss", "reward") if f"eval_{name}" in values), None):
+            more = [*preferences(values, "eval_"), *rewards(values, "eval_")]
+            screen.err.print(f"  step {values['step']}: validation {what} {values[f'eval_{what}']:.4f}"
+                             + "".join(f", {text}" for text in more), markup=False)
         if screen.is_live():
             if "loss" in values or not self._course.is_over:
                 self._on_display().show(self._course)
@@ -153,7 +154,9 @@ class ConsoleListener(Listener):
 
 
 def _training_fields(values: Mapping[str, Any]) -> str:
-    return "  ".join([f"loss {values['loss']:.3f}", *preferences(values), f"{values['tokens_per_second']:.0f} tok/s"])
+    what = "reward" if "reward" in values else "loss"
+    return "  ".join([f"{what} {values[what]:.3f}", *preferences(values), *rewards(values),
+                      f"{values['tokens_per_second']:.0f} tok/s"])
 
 
 def stage_result(report: Any, quiet: bool, next_steps: Sequence[str] = (), advice: str | None = None,

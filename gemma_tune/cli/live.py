@@ -32,14 +32,16 @@ class Course:
     """How a training goes, as far as its log was told.
 
     Attributes:
-        last: the last record with a training loss.
-        evals: validation losses by step.
+        last: the last record of a step.
+        what: its ``loss``, or its ``reward``, of which the highest is the best.
+        losses: of the steps; ``evals`` of the validation by step.
     """
 
     def __init__(self, earlier: Iterable[Mapping[str, Any]] = ()):
         self.losses: deque[float] = deque(maxlen=_KEPT)
         self.evals: dict[int, float] = {}
         self.last: Mapping[str, Any] = {}
+        self.what = "loss"
         self.step = self.steps = 0
         self.heard = time.monotonic()
         for record in earlier:
@@ -49,11 +51,13 @@ class Course:
         """Take in a record of the log."""
         self.heard = time.monotonic()
         self.step, self.steps = record["step"], record.get("steps", self.steps)
+        if "reward" in record or "eval_reward" in record:
+            self.what = "reward"
         if "loss" in record:
-            self.losses.append(record["loss"])
+            self.losses.append(record[self.what])
             self.last = record
-        if "eval_loss" in record:
-            self.evals[record["step"]] = record["eval_loss"]
+        if f"eval_{self.what}" in record:
+            self.evals[record["step"]] = record[f"eval_{self.what}"]
 
     @property
     def is_over(self) -> bool:
@@ -69,9 +73,10 @@ class Course:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and value of the lowest validation loss."""
-        finite = [(loss, step) for step, loss in list(self.evals.items()) if math.isfinite(loss)]
-        return (min(finite)[1], min(finite)[0]) if finite else None
+        """Step and value of the lowest validation loss, or of the highest reward."""
+        sign = -1 if self.what == "reward" else 1
+        finite = [(sign * value, step) for step, value in list(self.evals.items()) if math.isfinite(value)]
+        return (min(finite)[1], sign * min(finite)[0]) if finite else None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, _WIDEST)
@@ -82,10 +87,11 @@ class Course:
         lines = [self._bar(width, blocks)]
         losses, evals = list(self.losses), list(self.evals.values())
         if losses:
-            lines.append(_figure("loss", losses, width, blocks))
+            lines.append(_figure(self.what, losses, width, blocks, self.what == "reward"))
         if evals and (best := self.best):
-            lowest = f"lowest {best[1]:.3f} " + (f"after step {best[0]}" if best[0] else "before the first step")
-            lines.append(_figure("validation", evals, min(width, 48), blocks))
+            when = f"after step {best[0]}" if best[0] else "before the first step"
+            lowest = f"{'highest' if self.what == 'reward' else 'lowest'} {best[1]:.3f} {when}"
+            lines.append(_figure("validation", evals, min(width, 48), blocks, self.what == "reward"))
             if lines[-1].cell_len + 2 + len(lowest) <= width:
                 lines[-1].append(f"  {lowest}")
         if self.last:
@@ -108,15 +114,16 @@ class Course:
         last = self.last
         peak = f", {size_text(last['peak_memory_bytes'])} at most" if "peak_memory_bytes" in last else ""
         memory = [f"{size_text(last['memory_bytes'])} memory{peak}"] if "memory_bytes" in last else []
-        return [*preferences(last), f"{last['tokens_per_second']:,.0f} tok/s", *memory,
+        return [*preferences(last), *rewards(last), f"{last['tokens_per_second']:,.0f} tok/s", *memory,
                 f"learning rate {last['learning_rate']:.2e}", f"epoch {last['epoch']:.2f}"]
 
 
-def _figure(label: str, values: Sequence[float], width: int, blocks: bool) -> Text:
+def _figure(label: str, values: Sequence[float], width: int, blocks: bool, rising: bool = False) -> Text:
     """The last value, whether it is lower than the one before, and the curve of all."""
     text = Text(f"{label:>{_LABEL}} {values[-1]:.3f} ")
     change = values[-1] - values[-2] if len(values) > 1 else 0.0
-    text.append(*((_DOWN[blocks], "green") if change < 0 else (_UP[blocks], "yellow") if change > 0 else (" ", "")))
+    good, bad = ("yellow", "green") if rising else ("green", "yellow")
+    text.append(*((_DOWN[blocks], good) if change < 0 else (_UP[blocks], bad) if change > 0 else (" ", "")))
     if len(values) > 1 and (room := min(width - text.cell_len - 2, 2 * width // 3)) > 0:
         text.append("  ").append(curve(values, room, blocks), "cyan")
     return text
@@ -170,6 +177,19 @@ def preferences(values: Mapping[str, Any], before: str = "") -> list[str]:
     if f"{before}rewards/margins" in values:
         found.append(f"margin {values[f'{before}rewards/margins']:+.3f}")
     return found
+
+
+def rewards(values: Mapping[str, Any], before: str = "") -> list[str]:
+    """What a record of a training from rewards says of answers beside their reward; nothing of another training.
+
+    Args:
+        before: what the names begin with, ``eval_`` for the validation.
+    """
+    length, cut, tied = (values.get(f"{before}{name}") for name in (
+        "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"))
+    found = [] if length is None else [f"{length:.0f} tokens an answer"]
+    found += [f"{cut:.0%} cut off"] if cut else []
+    return found + ([f"{tied:.0%} of the groups had one reward"] if tied else [])
 
 
 class Display:

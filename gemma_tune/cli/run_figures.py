@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_tune.base.words import counted, last_name, size_text, span
 from gemma_tune.cli.formats import format_lines
@@ -78,26 +78,43 @@ _LINES = {"prepare": _prepared, "train": _trained, "eval": _evaluated, "merge": 
 
 
 def loss_of(summary: Mapping[str, Any]) -> str:
-    """Validation loss before and after a training, without validation rows the training loss; empty if unknown."""
-    for kind, first, last in (("validation", "eval_loss_before", "eval_loss_after"),
-                              ("training", "train_loss_first", "train_loss_last")):
+    """Validation loss before and after a training, without validation rows the training loss; of a training from
+    rewards these; empty if unknown."""
+    what = "reward" if summary.get("method") == "grpo" else "loss"
+    for kind, first, last in (("validation", f"eval_{what}_before", f"eval_{what}_after"),
+                              ("training", f"train_{what}_first", f"train_{what}_last")):
         if None not in (summary.get(first), summary.get(last)):
-            return f"{kind} loss {summary[first]:.3f} to {summary[last]:.3f}"
+            return f"{kind} {what} {summary[first]:.3f} to {summary[last]:.3f}"
     return ""
 
 
-def best_so_far(log: Path, last: float = math.inf) -> tuple[int, float] | None:
-    """Step and value of the lowest validation loss in the log of a training, up to its ``last`` step; None where there
-    is none."""
+class BestSoFar(NamedTuple):
+    """The lowest validation loss of a training, or the highest validation ``reward``."""
+
+    step: int
+    value: float
+    what: str = "loss"
+
+    @property
+    def named(self) -> str:
+        """What it is, for people."""
+        return f"{'highest' if self.what == 'reward' else 'lowest'} validation {self.what}"
+
+
+def best_so_far(log: Path, last: float = math.inf) -> BestSoFar | None:
+    """That of the log of a training up to its ``last`` step; None where there is none."""
     best: tuple[float, int] | None = None
+    what = "loss"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if log.stat().st_size > _LONGEST_LOG:
             return None
         with log.open(encoding="utf-8") as lines:
-            for record in (json.loads(line) for line in lines if '"eval_loss"' in line):
-                if math.isfinite(record["eval_loss"]) and record["step"] <= last:
-                    best = min(best or (math.inf, 0), (record["eval_loss"], record["step"]))
-    return (best[1], best[0]) if best else None
+            for record in (json.loads(line) for line in lines if '"eval_loss"' in line or '"eval_reward"' in line):
+                what = "reward" if "eval_reward" in record else "loss"
+                value = record[f"eval_{what}"] * (-1 if what == "reward" else 1)
+                if math.isfinite(value) and record["step"] <= last:
+                    best = min(best or (math.inf, 0), (value, record["step"]))
+    return BestSoFar(best[1], best[0] * (-1 if what == "reward" else 1), what) if best else None
 
 
 def data_of(record: Mapping[str, Any]) -> str:

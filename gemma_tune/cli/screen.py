@@ -76,6 +76,8 @@ LABELS = {
     "train_loss_first": "training loss, first step", "train_loss_last": "training loss, last step",
     "eval_loss_before": "validation loss before", "eval_loss_after": "validation loss after",
     "eval_accuracy_after": "validation pairs that the chosen answer wins",
+    "eval_reward_before": "validation reward before", "eval_reward_after": "validation reward after",
+    "train_reward_first": "reward, first step", "train_reward_last": "reward, last step",
     "eval_margin_after": "margin between chosen and rejected (reward)",
     "kept_step": "the weights are those of step", "adapter_norm": "change of the weights (norm)",
     "divergence_from_base": "divergence from the base model (nats per token)",

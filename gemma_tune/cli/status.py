@@ -18,7 +18,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.fingerprints import CHECKPOINT_FILES, fingerprint, size_and_stamp
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.refusals import require_readable
-from gemma_tune.cli.run_figures import best_so_far, disk_usage, stage_lines
+from gemma_tune.cli.run_figures import BestSoFar, best_so_far, disk_usage, stage_lines
 from gemma_tune.models.source import cached_copies
 from gemma_tune.models.whole import refuse_damaged_copy
 from gemma_tune.run.base_model import base_moved, refuse_other_id
@@ -52,10 +52,11 @@ class RunStatus:
     ``gone`` the format that was recommended of them and is gone, with the command that makes it again.
 
     ``next_step`` is a command; where none helps it is None, and ``note`` says what to do. ``base_damage`` is what is
-    wrong with the base model in a cache, as far as that was looked for; ``figures`` are by stage; ``best`` is step and
-    value of the lowest validation loss of the recorded training; ``size`` counts the bytes of the run directory;
-    ``unread`` names large artifacts whose time stamps are others than recorded; ``unused`` has the sizes, in bytes, of
-    copies of adapters that trainings started from and nothing refers to any more, by name, and ``unused_sight`` that of
+    wrong with the base model in a cache, as far as that was looked for; ``figures`` are by stage; ``best`` is that of
+    the recorded training, the lowest validation loss or the highest reward; ``size`` counts the bytes of the run
+    directory; ``unread`` names large artifacts whose time stamps are others than recorded; ``unused`` has the sizes, in
+    bytes, of copies of adapters that trainings started from and nothing refers to any more, by name, and
+    ``unused_sight`` that of
     the file with which what an earlier export made saw, where nothing names it any more; ``seen`` counts the bytes of
     what was seen in pictures, which can be deleted at any time.
     """
@@ -68,7 +69,7 @@ class RunStatus:
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     base_damage: UserError | None = None
     figures: Mapping[str, StageFigures] = field(default_factory=dict)
-    best: tuple[int, float] | None = None
+    best: BestSoFar | None = None
     size: int = 0
     unread: tuple[str, ...] = ()
     note: str | None = None
@@ -88,7 +89,7 @@ class RunStatus:
                 "in_use_by": self.in_use_by,
                 "earlier_exports": self.earlier, "gone_exports": self.gone,
                 "base_damage": self.base_damage.message if self.base_damage else None,
-                "best": {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None,
+                "best": {"step": self.best.step, f"eval_{self.best.what}": self.best.value} if self.best else None,
                 "bytes": self.size, "unread": list(self.unread), "unused_adapters": self.unused,
                 "unused_sight": self.unused_sight,
                 "seen_bytes": self.seen,
@@ -204,24 +205,24 @@ def _where(run: RunDir, stage: str, record: Mapping[str, Any], earlier: Mapping[
     return where
 
 
-def _best(run: RunDir, manifest: Manifest) -> tuple[int, float] | None:
-    """Step and value of the lowest validation loss of the training that is recorded; of one that has not ended where
-    there is none."""
+def _best(run: RunDir, manifest: Manifest) -> BestSoFar | None:
+    """That of the training that is recorded; of one that has not ended where there is none."""
     summary = manifest.stages.get("train", {"summary": {}})["summary"]
     shift = summary.get("counted_after") or 0  # of a training whose log has its own steps alone
     best = best_so_far(run.log_of(manifest.finished_training), (summary.get("steps") or math.inf) - shift)
-    return (best[0] + shift, best[1]) if best else None
+    return best._replace(step=best.step + shift) if best else None
 
 
 def _figures(run: RunDir, stage: str, record: Mapping[str, Any], state: State,
-             best: tuple[int, float] | None) -> StageFigures:
+             best: BestSoFar | None) -> StageFigures:
     """For people and programs; ``best`` is of the recorded training."""
     summary = record.get("summary", {})
     lines = stage_lines(stage, summary)
-    if stage == "train" and summary and best and best[0] != summary.get("kept_step", best[0]):
-        lines.append(f"lowest validation loss: {best[1]:.3f} at step {best[0]:,}")
+    if stage == "train" and summary and best and best.step != summary.get("kept_step", best.step) and (
+            best.value != summary.get(f"eval_{best.what}_after")):
+        lines.append(f"{best.named}: {best.value:.3f} at step {best.step:,}")
     if state.status == "interrupted" and (so_far := best_so_far(run.metrics)):
-        lines.append(f"lowest validation loss so far: {so_far[1]:.3f} at step {so_far[0]:,}")
+        lines.append(f"{so_far.named} so far: {so_far.value:.3f} at step {so_far.step:,}")
     sizes = {item["path"]: item["bytes"] for item in record.get("outputs", {}).values()
              if isinstance(item.get("bytes"), int)}
     return StageFigures(lines, summary, sizes)

@@ -10,6 +10,8 @@ SMALL = 1_000_000_000
 # Of an adapter's learning rate, what all weights learn with: Schulman et al. 2025, "LoRA Without Regret", found the
 # best one of LoRA to be about ten times as high, whatever the model.
 OF_ALL_WEIGHTS = 0.1
+# Ten times what TRL's GRPOTrainer trains all weights with.
+GRPO_RATE = 1e-5
 
 
 def family_defaults(config: Mapping[str, Any], section: str) -> tuple[dict[str, Any], list[str]]:
@@ -40,7 +42,11 @@ def full_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 
 
 def preference_defaults(method: str, full: bool = False) -> tuple[dict[str, Any], str]:
-    """Settings of a training that learns preferences, and why: for a model of any size."""
+    """Settings of a training that learns preferences, or from rewards, and why: for a model of any size."""
+    if method == "grpo":
+        return ({"learning_rate": GRPO_RATE * (OF_ALL_WEIGHTS if full else 1)},
+                "TRL's own for grpo" if full else "a step of grpo learns from the luck of a few answers, which takes "
+                                                  "less; it is ten times TRL's 1e-6 for all weights")
     return ({"learning_rate": 5e-5 * (OF_ALL_WEIGHTS if full else 1)},
             f"{method} moves a model away from what it knows, which takes less than teaching it answers")
 

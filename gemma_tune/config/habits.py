@@ -45,6 +45,9 @@ _TRAIN = {
     "sft-weight": "pref_ftx rpo_alpha",
     "label-smoothing": "dpo_label_smoothing",
     "good-weight": "kto_chosen_weight desirable_weight kto_desirable_weight",
+    "reward": "reward_funcs reward_func reward_functions reward_weights",
+    "answers": "num_generations num_generations_per_prompt",
+    "max-new-tokens": "max_completion_length",
     "bad-weight": "kto_rejected_weight undesirable_weight kto_undesirable_weight",
     "qlora": "load_in_4bit quantize",
     "qlora, in 4 bits": "load_in_8bit quantization_bit",
@@ -110,7 +113,10 @@ _NOT_HERE = {
         "preprocessing_num_workers dataset_num_proc streaming dataset_streaming dataloader_num_workers",
     "code that comes with a model is never run": "trust_remote_code",
     "the reference is the model before the first step": "ref_model reference_free precompute_ref_log_probs",
-    "there is no SimPO; --method is sft, dpo, orpo or kto": "simpo_gamma",
+    "there is no SimPO; --method is sft, dpo, orpo, kto or grpo": "simpo_gamma",
+    "answers are learned from once, in the step that sampled them":
+        "num_iterations epsilon epsilon_high steps_per_generation",
+    "the model in training samples its answers itself": "use_vllm vllm_mode fast_inference",
     "text alone is learned, and what sees or hears stays as it was":
         "freeze_vit freeze_vision_tower finetune_vision_layers image_max_pixels",
     "it is plain LoRA with one learning rate for A and B; other kinds are --dora and --rslora":
@@ -131,7 +137,7 @@ _NOT_HERE = {
 _COMMANDS = {
     "gemma-tune prepare": "preprocess tokenize",
     "gemma-tune train": "sft pt finetune finetune_lora fine_tune lora",
-    **{f"gemma-tune train --method {name}": name for name in ("dpo", "kto", "orpo")},
+    **{f"gemma-tune train --method {name}": name for name in ("dpo", "kto", "orpo", "grpo")},
     "gemma-tune train --method": "rlhf",
     "gemma-tune merge": "fuse merge_lora",
     "gemma-tune merge, and gemma-tune export-ollama for GGUF": "export",

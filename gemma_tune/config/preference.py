@@ -1,22 +1,33 @@
-"""Settings of ``train`` about what it learns: conversations, or which of two answers is better."""
+"""Settings of ``train`` about what it learns: conversations, which of two answers is better, or what is rewarded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gemma_tune.config import rewards
 from gemma_tune.config.settings import option
 
-METHODS = ("auto", "sft", "dpo", "orpo", "kto")
+METHODS = ("auto", "sft", "dpo", "orpo", "kto", "grpo")
 BETA = 0.1  # what the papers of all three, and TRL, begin with
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """How ``train`` learns. What stands here beside ``method`` is for preferences alone."""
+    """How ``train`` learns. What stands here beside ``method`` is for preferences, or for rewards, alone."""
 
     method: str = option("auto", "What is learned: with `sft` to answer as the conversations do, with `dpo`, `orpo` or "
-                                 "`kto` to prefer some answers to others. `auto` goes by the data: conversations sft, "
+                                 "`kto` to prefer some answers to others, with `grpo` from rewards (--reward) of "
+                                 "answers that the model samples itself. `auto` goes by the data: conversations sft, "
                                  "pairs dpo, answers that are good or bad kto.", choices=METHODS, group="common")
+    reward: tuple[str, ...] = option((), "What GRPO scores answers by, separated by commas, each perhaps with a "
+                                         "weight, such as exact=1,json=0.5. Against the row's own answer: `exact`, "
+                                         "`contains`, `number` (the last one in it), `chrf`; of the answer alone: "
+                                         "`json`, `ended`, `regex:PATTERN`. `command:PROGRAM ARGS` asks a program of "
+                                         "yours.",
+                                     auto="none")
+    answers: int = option(8, "Answers that GRPO samples for each prompt; they are compared with each other.", least=2,
+                          most=64)
+    max_new_tokens: int = option(256, "Longest answer in tokens that GRPO samples.", least=1, most=1 << 24)
     beta: float | None = option(None, "How close DPO and KTO stay to the model before (larger is closer); of ORPO the "
                                       "weight of the comparison.", least=1e-4, most=100.0, auto=f"{BETA}")
     dpo_loss: str = option("sigmoid", "DPO's loss: `sigmoid` is the usual one, `ipo` stops pushing where the answers "
@@ -44,9 +55,11 @@ class MethodConfig:
                   ("label_smoothing", self.label_smoothing, ("dpo",)), ("sft_weight", self.sft_weight, ("dpo",)),
                   ("good_weight", self.good_weight != 1.0, ("kto",)),
                   ("bad_weight", self.bad_weight != 1.0, ("kto",)),
-                  ("beta", self.beta is not None, ("dpo", "orpo", "kto"))]
+                  ("beta", self.beta is not None, ("dpo", "orpo", "kto")),
+                  ("reward", bool(self.reward), ("grpo",)), ("answers", self.answers != 8, ("grpo",)),
+                  ("max_new_tokens", self.max_new_tokens != 256, ("grpo",))]
         problems = [f"{name}: belongs to --method {' or '.join(methods)}, and not to {self.method}"
                     for name, given, methods in others if given and self.method not in ("auto", *methods)]
         if self.dpo_loss == "ipo" and self.label_smoothing:
             problems.append("label_smoothing: the loss `ipo` has none")
-        return problems
+        return problems + rewards.problems_of(self.reward)

@@ -44,9 +44,9 @@ class TrainConfig(MethodConfig, StageConfig):
                                                   "model hardly knows.", auto="none")
     learning_rate: float | None = option(None, "Peak learning rate.", least=0.0, most=1.0,
                                          auto="by model family and size", group="common")
-    batch_size: int | str = option(4, "Conversations, or pairs, of a batch on one device, or `auto` for a number that "
-                                      "suits the data and the device; --micro-batch says how many go through the model "
-                                      "at once.",
+    batch_size: int | str = option(4, "Conversations, pairs, or prompts of GRPO, of a batch on one device, or `auto` "
+                                      "for a number that suits the data and the device; --micro-batch says how many "
+                                      "go through the model at once.",
                                    least=1, most=MOST_ROWS, group="common")
     accumulation: int = option(1, "Batches per optimiser step; effective batch = batch size x accumulation x "
                                   "processes.", least=1, most=MOST_ROWS, group="speed")
@@ -67,8 +67,9 @@ class TrainConfig(MethodConfig, StageConfig):
     clip: float = option(1.0, "Largest gradient norm; larger gradients are scaled down.", least=0.0)
     dtype: str = dtype_option()
     qlora: bool = option(False, "Keep the base model in 4 bits (NF4) while training, to save memory.", group="speed")
-    micro_batch: int | None = option(None, "Conversations that go through the model at once; a batch is worked on in "
-                                           "such pieces, and learns the same.", least=1, same_result=True,
+    micro_batch: int | None = option(None, "Conversations, or answers of GRPO, that go through the model at once; a "
+                                           "batch is worked on in such pieces, and learns the same.", least=1,
+                                     same_result=True,
                                      auto="as many of the batch as fit the memory", group="speed")
     activation_checkpointing: bool | None = option(None, "Recompute activations in the backward pass: less memory, "
                                                          "slower.", same_result=True,
@@ -82,8 +83,9 @@ class TrainConfig(MethodConfig, StageConfig):
                                   "GPU captured steps are faster, and take its place.",
                            same_result=True, group="speed")
     eval_steps: int = option(0, "Evaluate every so many steps; 0 means once per epoch.", least=0)
-    keep: str = option("best", "Which weights stay: those whose validation loss was lowest, or those of the last "
-                               "step; without validation rows it is the last.", choices=("best", "last"))
+    keep: str = option("best", "Which weights stay: those whose validation loss was lowest (of GRPO, whose reward was "
+                               "highest), or those of the last step; without validation rows it is the last.",
+                       choices=("best", "last"))
     early_stopping: int = option(0, "End after so many evaluations in a row without a lower validation loss; 0 trains "
                                     "to the end.", least=0)
     save_steps: int = option(0, "Save a checkpoint every so many steps; 0 means once per epoch.", least=0)
@@ -110,6 +112,11 @@ class TrainConfig(MethodConfig, StageConfig):
     def effective_batch(self) -> int:
         """Conversations per optimiser step of all processes together."""
         return self.batch_size * self.accumulation * self.num_processes
+
+    @property
+    def learned_at_once(self) -> int:
+        """Rows of a batch that could go through the model at once: of GRPO all answers to its prompts."""
+        return self.batch_size * (self.answers if self.method == "grpo" else 1)
 
     @property
     def whole(self) -> bool:
@@ -141,8 +148,13 @@ class TrainConfig(MethodConfig, StageConfig):
                 return [f"{name}: `none` stands alone, or {what} are named"]
         if isinstance(self.batch_size, str) and self.batch_size != AUTO:
             return [f"batch_size: expected a whole number or {AUTO}, found {shown(self.batch_size)}"]
-        if self.micro_batch and self.batch_size != AUTO and self.micro_batch > self.batch_size:
-            return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}"]
+        if self.micro_batch and self.batch_size != AUTO and self.micro_batch > self.learned_at_once:
+            what = f" x {self.answers} answers" if self.method == "grpo" else ""
+            return [f"micro_batch: {self.micro_batch} is more than the batch size, {self.batch_size}{what}"]
+        if self.method == "grpo":
+            others = ["compile"] * self.compile + ["strategy fsdp"] * (self.strategy == "fsdp")
+            if others:
+                return [f"method: grpo does not go together with {other}; leave one of them out" for other in others]
         if problems := self._whole_problems():
             return problems
         if "experts" in self.target_modules:
@@ -157,12 +169,19 @@ class TrainConfig(MethodConfig, StageConfig):
 
     def outdone(self, given: Collection[str], before: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Whoever asks for an adapter's rank wants an adapter, and whoever wants all weights trained none; the learning
-        rate of one is ten times that of the other."""
+        rate of one is ten times that of the other. With another method go the settings of rewards."""
+        gone = self._outdone_by_method(given, before)
         kinds = {"full", "qlora", *OF_ADAPTERS}
         asked = any(name in ("full", "target_modules") or getattr(self, name) for name in kinds.intersection(given))
         if not asked or self.full == before.get("full", {"value": False})["value"]:
-            return set()
-        return kinds | {"learning_rate"}
+            return gone
+        return gone | kinds | {"learning_rate"}
+
+    def _outdone_by_method(self, given: Collection[str], before: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Where answers were learned from rewards, and are to be learned otherwise now."""
+        earlier = before.get("method", {"value": AUTO})["value"]
+        away = earlier == "grpo" and "method" in given and self.method != "grpo"
+        return {"reward", "answers", "max_new_tokens"} if away else set()
 
     def _whole_problems(self) -> list[str]:
         """Settings that do not go with weights that are trained as a whole."""

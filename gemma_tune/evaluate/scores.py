@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gemma_tune.measure.texts import chrf, same_text
+
 LEAST_REPEATS, LEAST_REPEATED = 3, 24  # times and characters from which on an answer repeats itself
 _MOST_LOOKED_AT = 20_000  # characters of an answer's end
-
-
-def same_text(answer: str, reference: str) -> bool:
-    """Whether two answers are the same but for white space and how letters are composed (Unicode NFC).
-
-    >>> same_text("It  rains.\\n", "It rains.")
-    True
-    """
-    return _plain(answer) == _plain(reference)
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def chrf(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """chrF of each answer, 0 to 100: how many runs of up to six characters it shares with the reference.
-
-    sacrebleu's chrF2 (Popović 2015), which needs no words and so serves Chinese as well; of each answer by itself.
-    """
-    from sacrebleu.metrics import CHRF
-
-    metric = CHRF()
-    return np.array([metric.sentence_score(a, [r]).score for a, r in zip(answers, references, strict=True)])
 
 
 def repeats_itself(text: str) -> bool:

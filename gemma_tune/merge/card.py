@@ -75,7 +75,8 @@ def _changed(adapter: Mapping[str, Any]) -> str:
 _METHODS = {"sft": ("supervised, on the assistant's turns", "conversation"),
             "dpo": ("preferences, by pairs of a better and a worse answer (DPO)", "pair"),
             "orpo": ("preferences, by pairs of a better and a worse answer (ORPO)", "pair"),
-            "kto": ("preferences, by answers that are good or bad (KTO)", "answer")}
+            "kto": ("preferences, by answers that are good or bad (KTO)", "answer"),
+            "grpo": ("from rewards of its own answers (GRPO)", "prompt")}
 
 
 # ---- how it was made -------------------------------------------------------------------------------------------------
@@ -115,6 +116,9 @@ def _training(session: Session, adapter: Mapping[str, Any]) -> Iterator[tuple[st
     if _method(session) != "sft":
         if figures.get("eval_accuracy_after") is not None:
             yield "Held-out pairs", f"{figures['eval_accuracy_after']:.0%} won by the chosen answer"
+        if None not in (figures.get("eval_reward_before"), figures.get("eval_reward_after")):
+            yield ("Reward on held-out prompts", f"{figures['eval_reward_before']:.3f} before training, "
+                   f"{figures['eval_reward_after']:.3f} after ({', '.join(map(_code, settings.get('reward') or ()))})")
     elif figures.get("eval_loss_before") is not None and figures.get("eval_loss_after") is not None:
         yield (f"Loss on held-out {_unit(session)}s", f"{figures['eval_loss_before']:.3f} before training, "
                f"{figures['eval_loss_after']:.3f} after (nats per token that is learned)")

@@ -100,8 +100,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def loss_chart(losses: Sequence[tuple[float, float]], evals: Sequence[tuple[float, float]],
-               kept: int | None) -> Markup | None:
-    """Training and validation loss by step; None where there is nothing to draw.
+               kept: int | None, what: str = "loss") -> Markup | None:
+    """Training and validation loss, or reward, by step; None where there is nothing to draw.
 
     Args:
         losses, evals: (step, loss), finite.
@@ -112,8 +112,11 @@ def loss_chart(losses: Sequence[tuple[float, float]], evals: Sequence[tuple[floa
         return None
     # A single loss far above all others would press the rest flat.
     heights = sorted(y for _, y in everything)
-    high = min(heights[-1], 1.5 * heights[int(0.98 * (len(heights) - 1))])
-    frame = Frame((0, max(x for x, _ in everything)), (min(heights[0], high) * 0.95, high * 1.03))
+    high = min(heights[-1], 1.5 * heights[int(0.98 * (len(heights) - 1))]) if what == "loss" else heights[-1]
+    low = min(heights[0], high)
+    margin = 0.05 * (high - low)
+    ends = (low * 0.95, high * 1.03) if what == "loss" else (low - margin, high + margin)
+    frame = Frame((0, max(x for x, _ in everything)), ends)
     above = "" if high == heights[-1] else f"; what lies above is drawn at the edge, up to {heights[-1]:.4g}"
     frame.axes(f"step{above}")
     frame.line([(x, min(y, high)) for x, y in _thinned(losses)], "train")
@@ -123,7 +126,7 @@ def loss_chart(losses: Sequence[tuple[float, float]], evals: Sequence[tuple[floa
     if kept:
         frame.draw('<line class="kept" x1="{x}" x2="{x}" y1="{}" y2="{}"/>', frame.top, HEIGHT - _BOTTOM,
                    x=frame.x(kept))
-    return frame.svg("loss by step")
+    return frame.svg(f"{what} by step")
 
 
 def lengths_chart(bars: Sequence[Mapping[str, Any]]) -> Markup | None:

@@ -94,19 +94,20 @@ def _whatever_is_there() -> Iterator[None]:
 
 def _curves(run: RunDir, trained: Mapping[str, Any]) -> Any:
     losses, evals = [], []
+    what = "reward" if trained.get("method") == "grpo" else "loss"
     with contextlib.suppress(OSError, UnicodeDecodeError), open(
             run.log_of(trained.get("training_id")), encoding="utf-8") as lines:
         for line in lines:
             with _whatever_is_there():
                 record = json.loads(line)
                 step = float(record["step"])
-                for points, key in ((losses, "loss"), (evals, "eval_loss")):
+                for points, key in ((losses, what), (evals, f"eval_{what}")):
                     if math.isfinite(record.get(key, math.nan)):
                         points.append((step, float(record[key])))
     with _whatever_is_there():
         shift = trained.get("counted_after", 0)  # of a training whose log has its own steps alone
         parts = [[(step + shift, loss) for step, loss in points] for points in (losses, evals)]
-        return charts.loss_chart(*parts, trained.get("kept_step"))
+        return charts.loss_chart(*parts, trained.get("kept_step"), what)
     return None
 
 

@@ -198,6 +198,11 @@ class RunDir:
         return self.root / "logs" / "samples.jsonl"
 
     @property
+    def rollouts(self) -> Path:
+        """Answers that a training from rewards sampled, a group of each step, and what they were worth."""
+        return self.root / "logs" / "rollouts.jsonl"
+
+    @property
     def plot(self) -> Path:
         return self.root / "logs" / "loss.png"
 

@@ -43,6 +43,7 @@ _NUMBERS = ("longest", "max_length", "tool_rows", "text_rows", "eval_loss_before
             "steps", "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "tokens", "trained_tokens",
             "check_same_answers", "check_prompts", "check_same_tokens", "check_divergence", "check_adapter_effect",
             "steps_before", "counted_after", "eval_accuracy_after", "eval_margin_after", "merged_tensors",
+            "eval_reward_before", "eval_reward_after", "train_reward_first", "train_reward_last",
             "questions", "base_ended", "tuned_ended", "base_in_form", "tuned_in_form", "batch_size", "effective_batch",
             "micro_batch", "trainable_parameters", "check_answer_tokens", "check_max_logprob_difference", "gguf_bytes",
             "check_largest_error", "largest_error", "kl", "general_kl", "agreement", "general_agreement",

@@ -33,6 +33,7 @@ def set_aside(run: RunDir, manifest: Manifest) -> None:
         if other != aside:
             remove(other)
     remove(run.samples)
+    remove(run.rollouts)
     clear(run.checkpoints)
 
 
@@ -75,7 +76,7 @@ def forget(run: RunDir, training: str) -> None:
 
 
 def _logs(run: RunDir) -> list[Path]:
-    return [run.samples, run.plot, run.metrics]
+    return [run.samples, run.rollouts, run.plot, run.metrics]
 
 
 def _move(paths: list[Path], aside: Path) -> None:

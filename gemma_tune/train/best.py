@@ -1,4 +1,5 @@
-"""The adapter whose validation loss is the lowest of a training, and an end where it does not get lower any more."""
+"""The adapter whose validation loss is the lowest of a training, or whose reward is the highest, and an end where it
+does not get better any more."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.lora.layers import trained_weights
 from gemma_tune.train import processes
 from gemma_tune.train.checkpoints import BEST, KEEP, rotate
-from gemma_tune.train.verdict import validation_losses
+from gemma_tune.train.verdict import LOSS, Measure, validation_losses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,17 +49,19 @@ class Best(TrainerCallback):
         earlier: records of the log up to the checkpoint that training goes on from.
         checkpoints: how many of them stay, that of the best step among them.
         before: steps that the adapter had which the training starts from; that one may be the best as well.
-        first: the base model's loss, where this training began with another.
+        first: the base model's loss, where this training began with another; of rewards as they are.
+        measure: what is the lowest, or the highest: then losses here are rewards with their sign turned.
     """
 
     def __init__(self, folder: Path, training: str, listener: Listener, *, keeps: bool, patience: int,
                  earlier: Sequence[Mapping[str, Any]] = (), checkpoints: int = KEEP, before: int = 0,
-                 first: float | None = None):
+                 first: float | None = None, measure: Measure = LOSS):
         self.path, self.training, self.listener = folder / BEST, training, listener
         self.keeps, self.patience, self.checkpoints, self.before = keeps, patience, checkpoints, before
-        self.first = first
+        self.first = None if first is None else measure.sign * first
+        self.measure = measure
         self.trainer: GemmaTrainer | None = None
-        self.losses = validation_losses(earlier)
+        self.losses = validation_losses(earlier, measure)
         self._kept = self._of_file()
         self._told = False
 
@@ -76,19 +79,20 @@ class Best(TrainerCallback):
             rotate(self.path.parent, self.checkpoints, self._kept[0] if self.keeps and self._kept else None)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        step, loss = state.global_step, metrics["eval_loss"]
+        step, loss = state.global_step, self.measure.sign * metrics[self.measure.key]
+        name, best_one, shown = self.measure.name, self.measure.best, self.measure.shown
         self.losses[step] = loss
         if (step or self.before) and self.keeps and loss < (self._kept[1] if self._kept else math.inf):
             assert self.trainer is not None
             self.keep(step, loss, trained_weights(self.trainer.model))
         elif step and not self._told and (best := self._lowest(list(self.losses))) != step:
-            self.listener.note(f"the validation loss is {loss:.4g} after step {self.before + step}, and was lowest "
-                               f"{self._when(best)}: {self.losses[best]:.4g}")
+            self.listener.note(f"the validation {name} is {shown(loss)} after step {self.before + step}, and was "
+                               f"{best_one} {self._when(best)}: {shown(self.losses[best])}")
             self._told = True
         if self.exhausted and step < state.max_steps:
             self.listener.note(f"--early-stopping {self.patience}: the training ends after step {self.before + step} "
-                               f"of {self.before + state.max_steps}; so many times in a row the validation loss was "
-                               "not lower")
+                               f"of {self.before + state.max_steps}; so many times in a row the validation {name} was "
+                               f"not {self.measure.better}")
             control.should_training_stop = control.should_save = True  # a later --continue goes on from here
         return control
 
@@ -139,8 +143,8 @@ class Best(TrainerCallback):
             return step
         weights = self._read()
         if weights is None:
-            self.listener.warn(f"the weights of step {step}, whose validation loss was lowest, cannot be read from "
-                               f"{self.path}: those of the last step stay")
+            self.listener.warn(f"the weights of step {step}, whose validation {self.measure.name} was "
+                               f"{self.measure.best}, cannot be read from {self.path}: those of the last step stay")
             return last
         for name, value in trained_weights(self.trainer.model).items():
             value.copy_(weights[name])
@@ -163,19 +167,21 @@ class Best(TrainerCallback):
         """
         if len(self.losses) < 2 or kept not in self.losses or last not in self.losses:
             return None
-        before, loss, end = (self.losses.get(step, math.nan) for step in (0, kept, last))
+        before, loss, end = (self.measure.shown(self.losses.get(step, math.nan)) for step in (0, kept, last))
         lowest, steps = self._lowest(list(self.losses)), f"step {self.before + kept} of {self.before + last}"
+        name, best, better = f"validation {self.measure.name}", self.measure.best, self.measure.better
+        further = "lower" if self.measure is LOSS else "raise"
         if self.keeps and lowest not in (0, kept):  # of a part that was trained with --keep last
-            return (f"the weights are those of {steps}, with a validation loss of {loss:.4g}; it was lower "
-                    f"{self._when(lowest)} ({self.losses[lowest]:.4g}), and those were not kept")
+            return (f"the weights are those of {steps}, with a {name} of {loss}; it was {better} "
+                    f"{self._when(lowest)} ({self.measure.shown(self.losses[lowest])}), and those were not kept")
         if kept != last and not kept:
-            return (f"the adapter stays the one that was there before these {last} steps: its validation loss is "
-                    f"{loss:.4g}, and {end:.4g} at the end")
+            return (f"the adapter stays the one that was there before these {last} steps: its {name} is "
+                    f"{loss}, and {end} at the end")
         if kept != last:
-            return (f"the weights are those of {steps}, whose validation loss was lowest: {loss:.4g}, and "
-                    f"{end:.4g} at the end; fewer {length}, a lower --learning-rate or more rows may lower it further")
+            return (f"the weights are those of {steps}, whose {name} was {best}: {loss}, and "
+                    f"{end} at the end; fewer {length}, a lower --learning-rate or more rows may {further} it further")
         if lowest == last:
-            return (f"the validation loss was lowest at the end, {loss:.4g} instead of "
-                    f"{before if self.first is None else self.first:.4g}: more {length} may "
-                    "lower it further, and --continue goes on from here")
+            return (f"the {name} was {best} at the end, {loss} instead of "
+                    f"{before if self.first is None else self.measure.shown(self.first)}: more {length} may "
+                    f"{further} it further, and --continue goes on from here")
         return None

@@ -72,8 +72,8 @@ class Training:
         before, shift = self.before, self.steps_before
         steps = {name: summary[name] + shift for name in ("steps", "kept_step", "resumed_from_step")}
         sums = {name: round(summary[name] + (before.get(name) or 0), 1) for name in ("tokens", "training_seconds")}
-        losses = ("eval_loss_before", "train_loss_first")
-        first = {name: before[name] for name in losses if before.get(name) is not None}
+        firsts = ("eval_loss_before", "eval_reward_before", "train_loss_first", "train_reward_first")
+        first = {name: before[name] for name in firsts if before.get(name) is not None}
         speed = {"tokens_per_second": round(sums["tokens"] / sums["training_seconds"], 1)
                  } if before.get("training_seconds") and before.get("tokens") else {}
         return {**summary, **steps, **sums, **first, **speed, "earlier_trainings": [*self.earlier],

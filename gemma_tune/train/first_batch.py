@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class FirstBatch:
     """
 
     longest_seconds = 0.0
+    probed = "the longest batch"  # what is tried before the first step
 
     def expected_seconds(self) -> float:
         """Seconds that all steps will take, as the longest batch took them."""
@@ -68,7 +70,7 @@ class FirstBatch:
             if self.args.activation_checkpointing:  # train() would, but the probe comes before it
                 self.model.activation_checkpointing_enable()
             self.longest_seconds = self.probe()
-            self.listener.note(f"the longest batch takes {self.longest_seconds:.1f} s")
+            self.listener.note(f"{self.probed} takes {self.longest_seconds:.1f} s")
             wanted, why_not = captured is not False, self._why_not_captured()
             if compiled and wanted and not why_not:
                 self.listener.note("--compile is left out: steps are captured here, which takes seconds instead of "
@@ -289,12 +291,16 @@ class FirstBatch:
         Memory that does not suffice shows here, and the micro-batch becomes one that fits.
         """
         batch = self.collate([self.train_dataset[int(row)] for row in next(iter(self._sampler()))])
+        return self.timed(batch, self.learned_in(batch))
+
+    def timed(self, batch: dict[str, Any], learned: int) -> float:
+        """Seconds of a forward and backward pass of a batch, which learns so many tokens, and leaves nothing behind."""
         began = time.perf_counter()
         device = self.accelerator.device
         on_gpu = device.type != "cpu"
         self.gradients.clear()
         with torch.random.fork_rng([device] if on_gpu else []):
-            self.training_step(self.model, batch, self.learned_in(batch))
+            self.training_step(self.model, batch, learned)
         if on_gpu:
             torch.get_device_module(device).synchronize()
         seconds = time.perf_counter() - began

@@ -187,7 +187,8 @@ def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginnin
 
 def _figures_before(found: Continuation, summary: Mapping[str, Any]) -> dict[str, Any]:
     """See :class:`Training`."""
-    names = ("tokens", "training_seconds", "eval_loss_before", "train_loss_first")
+    names = ("tokens", "training_seconds", "eval_loss_before", "train_loss_first", *(
+        ("eval_reward_before", "train_reward_first") if "eval_reward_before" in summary else ()))
     known = found.before["before"] if found.checkpoint else {name: summary.get(name) for name in names}
     return {**known, "steps": found.done}
 
@@ -360,10 +361,10 @@ def _said(found: Continuation, summary: Mapping[str, Any], old: TrainConfig, new
 def keep_what_is_best(session: Session, training: Training, best: Best) -> None:
     """The best adapter so far of a training that goes on is the one that the run has, and may stay the best."""
     summary = session.manifest.stages.get("train", {"summary": {}})["summary"]
-    step, loss = summary.get("kept_step", summary.get("steps")), summary.get("eval_loss_after")
-    if not (training.earlier and best.lacks_file) or step is None or loss is None or (
+    step, value = summary.get("kept_step", summary.get("steps")), summary.get(f"{best.measure.key}_after")
+    if not (training.earlier and best.lacks_file) or step is None or value is None or (
             _shift(summary) != training.steps_before):
         return
     adapter = read_adapter(session.run.adapter)
     own = (*adapter.layers, *modules_of(adapter))
-    best.keep(step - training.steps_before, loss, weights_of(adapter, dict(zip(own, own))))
+    best.keep(step - training.steps_before, best.measure.sign * value, weights_of(adapter, dict(zip(own, own))))

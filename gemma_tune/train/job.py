@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
@@ -29,13 +31,16 @@ from gemma_tune.models.source import BaseModel
 from gemma_tune.models.whole import refuse_rotten
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
+from gemma_tune.run.stopped import step_of
 from gemma_tune.train import processes
+from gemma_tune.train.asked import prompts_in, starts_of
 from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.looking import Shown
 from gemma_tune.train.memory import BatchChoice, choose, refuse_four_bits
 from gemma_tune.train.plan import Sizes, rate_at, steps_per_epoch
 from gemma_tune.train.results import name_no_place
+from gemma_tune.train.rewards import Scorer
 from gemma_tune.train.shape import ModelShape, shape_of
 from gemma_tune.train.startup import Startup
 
@@ -89,18 +94,25 @@ def prepared_sequences(session: Session) -> tuple[Any, Any]:
     """Training's and validation's sequences, as ``prepare`` wrote them.
 
     Raises:
-        UserError: another version of the code or its libraries made them, which might do it differently today.
+        UserError: another version of the code or its libraries made them, which might do it differently today; or
+            rows that the method cannot learn from.
     """
     folder = session.inputs["tokens"]
     if session.manifest.stages["prepare"]["summary"].get("encoding") != encoding_key(session.model.fingerprint):
         raise UserError("the prepared tokens were made by another version of gemma-tune or its libraries, or with "
                         "another tokenizer", f"make them again: {command('prepare', session.run.root)}")
     sides = open_tokens(folder / "train.arrow"), open_tokens(folder / "valid.arrow")
+    if session.config.method == "grpo":
+        return prompts_in(sides[0], session), prompts_in(sides[1], session)
     return sides if session.config.prefers else (liked(sides[0]), liked(sides[1]))
 
 
 def sizes_of(sequences: Any, config: TrainConfig) -> Sizes:
     """Without reading tokens."""
+    if config.method == "grpo":
+        starts = starts_of(sequences)
+        return Sizes(starts, np.full(len(starts), config.answers * config.max_new_tokens),
+                     int(starts.max(initial=0)) + config.max_new_tokens)
     lengths, trained = lengths_of(sequences), trained_of(sequences)
     size = sequences_of_a_row(config)
     return Sizes(lengths.reshape(-1, size).sum(1), trained.reshape(-1, size).sum(1), int(lengths.max(initial=0)))
@@ -138,7 +150,7 @@ def fit(session: Session, sizes: Sequence[Sizes], placement: Placement, before: 
     if placement.device == "cpu":  # whose memory processes share; a plan is made by one, before the others are started
         room //= here.local_count if here.count > 1 else session.config.num_processes
     config = replace(session.config, qlora=session.config.qlora or in_four_bits(session.model.config))
-    if config.micro_batch is None and 0 < before <= config.batch_size:
+    if config.micro_batch is None and 0 < before <= config.learned_at_once:
         kept = choose(shape, replace(config, micro_batch=before), longest, placement.device, room, sequences)
         if kept.fits:
             return shape, replace(kept, reason="as before")
@@ -163,11 +175,13 @@ def _refuse_beyond_positions(session: Session, shape: ModelShape, longest: int) 
                         f"{command('prepare', session.run.root, '--max-length', str(context))}")
 
 
-def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks, shown: Shown | None = None):
+def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks, shown: Shown | None = None,
+                 scorer: Scorer | None = None):
     """The trainer of a base model, with a new adapter on it, or the one that the job starts from.
 
     Args:
         shown: pictures of the rows, where they have any.
+        scorer: what answers are worth, where they are learned from rewards.
 
     Raises:
         UserError: these settings do not go with this model.
@@ -189,7 +203,8 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
     try:
         sizes = sizes_of(train_rows, config), sizes_of(valid_rows, config)
         arguments = _arguments(session, steps, len(sizes[0]), job.placement, job.choice, bool(len(valid_rows)))
-        kind, more = _kind_of_trainer(job, train_rows, valid_rows)
+        kind, more = _reward_trainer(job, chat, scorer, train_rows, valid_rows) if scorer else (
+            _kind_of_trainer(job, train_rows, valid_rows))
         trainer = kind(
             model=model, args=arguments,
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
@@ -242,6 +257,19 @@ def _kind_of_trainer(job: Job, train_rows: Any, valid_rows: Any) -> tuple[Any, d
     key = key_of(session, (session.model.fingerprint, *tokens), digest_of(job.start) if job.start else None,
                  job.training.compute)
     return PreferenceTrainer, {"units": units, "session": session, "reference_key": key}
+
+
+def _reward_trainer(job: Job, chat: ChatFormat, scorer: Scorer, train_rows: Any, valid_rows: Any,
+                    ) -> tuple[Any, dict[str, Any]]:
+    from gemma_tune.train.callbacks import earlier_records
+    from gemma_tune.train.grpo import RewardTrainer
+    from gemma_tune.train.prompts import Prompts
+
+    session = job.session
+    prompts = Prompts(train_rows, session.run.train_rows), Prompts(valid_rows, session.run.valid_rows)
+    first = step_of(job.checkpoint) if job.checkpoint else 0
+    return RewardTrainer, {"prompts": prompts, "session": session, "chat": chat, "scorer": scorer,
+                           "earlier": earlier_records(session.run.rollouts, first)}
 
 
 def _steps_as_one(placement: Placement, config: TrainConfig) -> bool:

@@ -17,6 +17,7 @@ from gemma_tune.train.method import usual_rate
 from gemma_tune.train.results import save_adapter
 from gemma_tune.train.verdict import (
     KNOWN,
+    LOSS,
     advice,
     changes,
     first_loss,
@@ -74,7 +75,8 @@ def _refuse_harm(session: Session, model: Any, chat: ChatFormat, records: Sequen
     if not is_harm(found):
         if found.by_chance:
             return
-        session.listener.warn(f"the training did not lower the loss: {found.figures}; a little can be chance")
+        what = "lower the loss" if found.measure is LOSS else "raise the reward"
+        session.listener.warn(f"the training did not {what}: {found.figures}; a little can be chance")
         return
     raise _kept_apart(session, model, chat, found.figures, advice(found, session.config.learning_rate, steps))
 

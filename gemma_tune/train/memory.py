@@ -13,13 +13,14 @@ from typing import Any
 
 import psutil
 
+from gemma_tune.answers.lengths import MOST_ROWS
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, first_line, gigabytes
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.models.placement import OVERHEAD, USABLE, best_device
 from gemma_tune.models.quantised import has_packed_experts, quantisation
-from gemma_tune.train.method import row_name
+from gemma_tune.train.method import piece_name
 from gemma_tune.train.shape import ModelShape
 
 # NF4 with double quantisation: 4 bits and 0.127 bits of scales for a number.
@@ -34,6 +35,7 @@ LOGITS_ON_GPU = 270_000_000
 # Memory that is free but in pieces too small for what comes next. Resident sets on Linux (glibc) were up to 0.1 GB
 # larger than the sum of all tensors without it, for each 0.4 GB of activations.
 FRAGMENTATION = 1.25
+DRAWN = 24  # bytes for each answer and each token of the vocabulary: logits twice, probabilities, their sums in fp64
 _LITTLE = 0.25  # of the weights, so that what --qlora saves is no way out
 TOKENIZER = 950  # on a CPU, bytes of the tokenizer for each entry of its vocabulary
 
@@ -49,6 +51,7 @@ class Memory:
     activations: int
     working: int
     overhead: int
+    sampling: int = 0
 
     @property
     def total(self) -> int:
@@ -85,7 +88,7 @@ class BatchChoice:
 
 
 def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
-             device: str, shards: int = 1, gradients: int = 1) -> Memory:
+             device: str, shards: int = 1, gradients: int = 1, sampled: int = 0) -> Memory:
     """Peak memory of a training step of one process, in bytes.
 
     - weights: every number in the compute type; with ``four_bit`` those of linear layers take 4.127 bits, and the
@@ -96,6 +99,10 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
       the base's own; where they began as an adapter has them, that stays on the CPU in the compute type.
     - activations: what autograd keeps, measured on shapes (:attr:`ModelShape.kept`), and the holes between. With
       ``checkpointing`` the inputs of all layers (tokens x hidden size each), and what one layer keeps.
+    - sampling: of answers that a training from rewards samples, the keys and values of as many as are sampled at once,
+      and what their next tokens are drawn from: logits, probabilities and their sums in fp64. A CUDA GPU keeps them for
+      the next step, of two sizes; elsewhere they are gone when the step learns, so that only what they need beyond its
+      activations counts.
     - working: the greatest of the loss's chunk of logits, the gradients inside a linear layer, and those inside a
       norm, which never exist together.
 
@@ -109,6 +116,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
         device: ``cpu``, ``cuda`` or ``mps``.
         shards: processes that share the weights among them.
         gradients: how often those are there at once.
+        sampled: answers that are sampled at once.
     """
     tokens = micro_batch * longest
     kept = shape.kept(micro_batch, longest)
@@ -125,9 +133,19 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     overhead = OVERHEAD[device] + (TOKENIZER * shape.head // shape.hidden if device == "cpu" else 0)
     rounded = shape.whole * shape.item if shape.item < 4 else 0
     begun = shape.begun * shape.item if device == "cpu" else 0
+    activations = round(FRAGMENTATION * kept)
+    sampling = _sampling(shape, sampled, longest, device, activations + working)
     return Memory(weights=weights, adapter=4 * shape.adapter + rounded + begun, gradients=4 * shape.adapter * gradients,
-                  optimizer=8 * shape.adapter, activations=round(FRAGMENTATION * kept), working=working,
-                  overhead=overhead)
+                  optimizer=8 * shape.adapter, activations=activations, working=working,
+                  overhead=overhead, sampling=sampling)
+
+
+def _sampling(shape: ModelShape, rows: int, longest: int, device: str, learning: int) -> int:
+    """See :func:`estimate`; ``learning`` is what the step needs after it, in bytes."""
+    places = 1 << (longest - 1).bit_length() if device == "cuda" else longest  # of a cache of fixed size
+    cache = rows * places * shape.cached * shape.item
+    drawing = rows * DRAWN * shape.head // shape.hidden
+    return 2 * cache + drawing if device == "cuda" else max(0, round(FRAGMENTATION * (cache + drawing)) - learning)
 
 
 def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, room: int,
@@ -145,7 +163,7 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
     first = None
     for checkpointing, micro_batch in _candidates(config):
         memory = estimate(shape, micro_batch * per_row, longest, checkpointing=checkpointing, four_bit=config.qlora,
-                          device=device, shards=config.shards,
+                          device=device, shards=config.shards, sampled=sampled_at_once(config),
                           gradients=_gradients_at_once(config, micro_batch, device))
         choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "",
                              per_row, config.qlora, shape.linear / shape.parameters, config.full)
@@ -153,8 +171,13 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
         if choice.fits:
             break
     reason = "as asked" if asked else "they fit" if choice is first else (
-        f"{counted(first.micro_batch, row_name(config))} would need {gigabytes(first.memory.total)}")
+        f"{counted(first.micro_batch, piece_name(config))} would need {gigabytes(first.memory.total)}")
     return replace(choice, reason=reason)
+
+
+def sampled_at_once(config: TrainConfig) -> int:
+    """Answers that a training from rewards samples in one batch; 0 of others."""
+    return min(MOST_ROWS, config.learned_at_once) if config.method == "grpo" else 0
 
 
 def _gradients_at_once(config: TrainConfig, micro_batch: int, device: str) -> int:
@@ -168,7 +191,7 @@ def _gradients_at_once(config: TrainConfig, micro_batch: int, device: str) -> in
 def _candidates(config: TrainConfig) -> Iterator[tuple[bool, int]]:
     """Checkpointing and micro-batch in the order of preference, the fastest first."""
     sizes = [config.micro_batch] if config.micro_batch else [
-        n for n in range(config.batch_size, 0, -1) if config.batch_size % n == 0]
+        n for n in range(config.learned_at_once, 0, -1) if config.learned_at_once % n == 0]
     modes = [False, True] if config.activation_checkpointing is None else [config.activation_checkpointing]
     return ((checkpointing, size) for checkpointing in modes for size in sizes)
 
@@ -186,7 +209,7 @@ def refuse_what_does_not_fit(choice: BatchChoice, config: TrainConfig, longest: 
     memory = choice.memory
     each = f"{choice.per_row} x {longest:,}" if choice.per_row > 1 else f"{longest:,}"
     says = (f"this training needs about {gigabytes(memory.total)} of memory with "
-            f"{counted(choice.micro_batch, row_name(config))} of {each} tokens at once, and "
+            f"{counted(choice.micro_batch, piece_name(config))} of {each} tokens at once, and "
             f"{gigabytes(choice.available)} are available")
     if config.micro_batch == 1 and config.activation_checkpointing:
         listener.warn(f"{says}; it may be killed")
@@ -238,7 +261,7 @@ def _can_be_packed(choice: BatchChoice) -> bool:
 def _what_helps(choice: BatchChoice, config: TrainConfig, longest: int) -> str:
     memory, room = choice.memory, USABLE * choice.available
     fixed = memory.total - memory.activations - memory.working
-    ways = []
+    ways = ["fewer --answers or --max-new-tokens"] if config.method == "grpo" else []
     if config.micro_batch not in (None, 1) or config.activation_checkpointing is False:
         ways.append("leave --micro-batch and --activation-checkpointing to be chosen")
     if choice.full:
@@ -272,8 +295,9 @@ def described(choice: BatchChoice, longest: int) -> str:
     recomputed = ", recomputed in the backward pass" if choice.checkpointing else ""
     little = choice.four_bit and choice.in_linear < _LITTLE
     packed = f", of which {choice.in_linear:.0%} are in 4 bits" if little else ""
+    sampling = f", sampling {gigabytes(memory.sampling)} more" if memory.sampling else ""
     return (f"memory: about {gigabytes(memory.total)} of {gigabytes(choice.available)} available (weights "
             f"{gigabytes(memory.weights)}{packed}, trained weights and optimiser {gigabytes(adapter)}, activations "
             f"{gigabytes(memory.activations + memory.working)} with {at_once} x {longest:,} tokens at once"
-            f"{recomputed}, libraries {gigabytes(memory.overhead)})")
+            f"{recomputed}{sampling}, libraries {gigabytes(memory.overhead)})")
 

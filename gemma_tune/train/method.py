@@ -13,16 +13,26 @@ from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
 from gemma_tune.run.session import Session
 
 _BY_KIND = {CONVERSATIONS: "sft", PAIRS: "dpo", JUDGED: "kto"}
-_NEEDS = {"sft": (CONVERSATIONS, PAIRS, JUDGED), "dpo": (PAIRS,), "orpo": (PAIRS,), "kto": (PAIRS, JUDGED)}
+_NEEDS = {"sft": (CONVERSATIONS, PAIRS, JUDGED), "dpo": (PAIRS,), "orpo": (PAIRS,), "kto": (PAIRS, JUDGED),
+          "grpo": (CONVERSATIONS,)}
 _ARE = {CONVERSATIONS: "conversations", PAIRS: "pairs of a better and a worse answer",
         JUDGED: "answers that are good or bad"}
 _WANT = {"dpo": "two answers to each prompt, a better and a worse one", "orpo": "two answers to each prompt, a better "
-         "and a worse one", "kto": "answers that are good or bad, or pairs of both"}
+         "and a worse one", "kto": "answers that are good or bad, or pairs of both",
+         "grpo": "the prompts of conversations"}
+_SUCH = {"grpo": "CONVERSATIONS.jsonl"}  # files of such data, of all others pairs
+_REWARDS = ("add --reward number for answers that end in a number, exact, contains, chrf, json, ended, regex:PATTERN, "
+            "or command:PROGRAM for one of your own; several with commas between")
 
 
 def row_name(config: TrainConfig) -> str:
     """What a method's rows are called, each by itself."""
-    return {"dpo": "pair", "orpo": "pair", "kto": "answer"}.get(config.method, "sequence")
+    return {"dpo": "pair", "orpo": "pair", "kto": "answer", "grpo": "prompt"}.get(config.method, "sequence")
+
+
+def piece_name(config: TrainConfig) -> str:
+    """What goes through the model, one by one: of GRPO a prompt's answers."""
+    return "answer" if config.method == "grpo" else row_name(config)
 
 
 def learns_from(method: str, kind: str) -> bool:
@@ -34,16 +44,18 @@ def with_method(session: Session) -> Session:
     """The session with the method that the data calls for where none was named, and the method's own defaults.
 
     Raises:
-        UserError: the method that was named learns from other data.
+        UserError: the method that was named learns from other data, or from rewards of which none is named.
     """
     kind, asked = session.manifest.kind, session.config.method
     method = _BY_KIND[kind] if asked == AUTO else asked
     if kind not in _NEEDS[method]:
         fitting = " or ".join(f"--method {name}" for name in sorted(
             (name for name, kinds in _NEEDS.items() if kind in kinds), key=lambda name: name != _BY_KIND[kind]))
+        such = _SUCH.get(method, "PAIRS.jsonl")
         raise UserError(f"--method {method} learns from {_WANT[method]}, and the prepared rows are {_ARE[kind]}",
-                        f"prepare such data: {command('prepare', session.run.root, 'PAIRS.jsonl')}; or train with "
-                        f"{fitting}")
+                        f"prepare such data: {command('prepare', session.run.root, such)}; or train with {fitting}")
+    if method == "grpo" and not session.config.reward:
+        raise UserError("--method grpo learns from rewards, and no --reward says what answers are worth", _REWARDS)
     values = {} if asked != AUTO else {"method": method}
     reasons = [f"method {method}: the data are {_ARE[kind]}"] if asked == AUTO and kind != CONVERSATIONS else []
     if method != "sft":

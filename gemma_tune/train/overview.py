@@ -32,8 +32,9 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: Se
     data = counted(rows, row_name(config))
     lines = {
         "model": f"{session.model.id}, {_rounded(shape.parameters)} parameters",
-        "data": f"{data} of up to {train.lengths.max():,} tokens, {train.lengths.sum():,} in all, "
-                f"{train.trained.sum():,} learned; {len(valid) or 'none'} to validate with",
+        "data": (f"{data} of up to {train.lengths.max():,} tokens" if config.method == "grpo" else
+                 f"{data} of up to {train.lengths.max():,} tokens, {train.lengths.sum():,} in all, "
+                 f"{train.trained.sum():,} learned") + f"; {len(valid) or 'none'} to validate with",
         "weights" if config.full else "adapter":
             f"{described_adapter(config)}, {_layers(shape)}: {_rounded(shape.adapter)} parameters",
         "batch": _batch(config, choice, session.resolved.origins["batch_size"] in NOT_GIVEN),
@@ -46,6 +47,11 @@ def overview(session: Session, shape: ModelShape, choice: BatchChoice, sizes: Se
     return lines | ({"goes on from": checkpoint.name} if checkpoint else {})
 
 
+def sampled(config: TrainConfig) -> str:
+    """What GRPO samples for a prompt."""
+    return f"{config.answers} answers of up to {config.max_new_tokens:,} tokens"
+
+
 def _layers(shape: ModelShape) -> str:
     places = [counted(shape.adapted, "linear layer")] * bool(shape.adapted)
     places += [f"{counted(shape.experts, 'tensor')} of experts"] * bool(shape.experts)
@@ -54,6 +60,8 @@ def _layers(shape: ModelShape) -> str:
 
 
 def _method(config: TrainConfig) -> str:
+    if config.method == "grpo":
+        return f"GRPO, {sampled(config)} to each prompt, rewarded for {', '.join(config.reward)}"
     loss = f", loss {config.dpo_loss}" if config.dpo_loss != "sigmoid" else ""
     weight = f", weight of the chosen answers' own loss {config.sft_weight:g}" if config.sft_weight else ""
     return f"{config.method.upper()}{loss}, beta {config.strength:g}{weight}"
@@ -66,7 +74,7 @@ def _batch(config: TrainConfig, choice: BatchChoice, by_default: bool) -> str:
     product = f" ({' x '.join([str(config.batch_size), *factors])})" if factors else ""
     default = ", the default" if by_default else ""
     return (f"{counted(config.effective_batch, row_name(config))} a step{product}{default}; "
-            f"{choice.micro_batch} at once ({choice.reason})")
+            f"{choice.micro_batch}{' answers' if config.method == 'grpo' else ''} at once ({choice.reason})")
 
 
 def _rounded(number: int) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from gemma_tune.base.words import counted, span
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.run.stage import settings_then
-from gemma_tune.train.memory import BatchChoice, described
+from gemma_tune.train.memory import BatchChoice, described, sampled_at_once
 from gemma_tune.train.method import row_name
 from gemma_tune.train.shape import ModelShape
 
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 # batches of 4 x 130 tokens, on two cores (536 tokens/s where a product reached 0.82 TFLOP/s).
 EFFICIENCY = 0.55
 _MEASURED = 0.3  # seconds
+_ROWS = 1024  # of the product
 FEW_STEPS = 10
+VALIDATED = 64  # validation prompts that a training from rewards answers at most, spread over all: two batches
 # What the speed depends on, beside the device, the type and how a batch is worked on.
 _OF_SPEED = ("method", "full", "target_modules", "modules_to_save", "dora", "qlora", "num_processes", "strategy",
-             "cuda_graphs", "compile")
+             "cuda_graphs", "compile", "answers", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class TrainingPlan:
         device: where it is computed; ``dtype`` in which type, as ``--dtype`` names it.
         learning_rate: its peak.
         pictures: what is said of those that rows show; empty where they show none.
+        answers: sampled for each prompt, of so many ``answer_tokens`` at most, where it learns from rewards; learned
+            tokens and the time are then the most that there can be.
     """
 
     sequences: int
@@ -89,6 +93,8 @@ class TrainingPlan:
     learning_rate: float = 0.0
     steps_done: int = 0
     pictures: str = ""
+    answers: int = 0
+    answer_tokens: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The plan for ``--json``; sizes in bytes."""
@@ -96,6 +102,8 @@ class TrainingPlan:
         values.pop("row")
         if not self.pictures:
             del values["pictures"]
+        if not self.answers:
+            del values["answers"], values["answer_tokens"]
         choice = values.pop("choice")
         memory = choice.pop("memory")
         return {**values, **choice, "memory": {**memory, "total": self.choice.memory.total}}
@@ -106,17 +114,19 @@ class TrainingPlan:
         to_go = f" for the {counted(max(0, self.steps - self.steps_done), 'step')} to go" if self.steps_done else ""
         both = ", both answers together" if self.row == "pair" else ""
         return {
-            "data": f"{counted(self.sequences, self.row)} of up to {self.longest:,} tokens{both}; "
-                    f"{self.tokens_per_epoch:,} in all, {self.trained_tokens_per_epoch:,} learned; "
-                    f"padding adds {self.padding:.0%}",
+            "data": f"{counted(self.sequences, self.row)} of up to {self.longest:,} tokens{both}; " + (
+                f"{self.answers} answers of up to {self.answer_tokens:,} tokens to each, sampled when its turn comes"
+                if self.answers else f"{self.tokens_per_epoch:,} in all, {self.trained_tokens_per_epoch:,} learned; "
+                                     f"padding adds {self.padding:.0%}"),
             **({"pictures": self.pictures} if self.pictures else {}),
             "steps": f"{self.steps:,} ({self.steps_per_epoch:,} per epoch); each {self.row} is seen "
                      f"{self.exposures:.3g} times",
             "warm-up": f"{counted(self.warmup_steps, 'step')} ({self.warmup_steps / self.steps:.0%})",
             "training": f"{self.method} on {self.device} in {self.dtype}, learning rate {self.learning_rate:g}",
-            "batch": f"{self.effective_batch} per step; {self.choice.micro_batch} at once ({self.choice.reason})",
+            "batch": f"{self.effective_batch} per step; {self.choice.micro_batch}{' answers' if self.answers else ''} "
+                     f"at once ({self.choice.reason})",
             "memory": memory if self.choice.fits else f"does not fit: {memory}",
-            "time": f"about {span(self.seconds)}{to_go} ({self.basis})",
+            "time": f"{'at most ' if self.answers else ''}about {span(self.seconds)}{to_go} ({self.basis})",
         }
 
 
@@ -180,10 +190,16 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
     rows = len(train)
     steps, per_epoch = total_steps(rows, config), steps_per_epoch(rows, config)
     epochs, rest = divmod(steps, per_epoch)
-    batches = _pieces(train.lengths, config, choice.micro_batch)
+    rewarded = config.method == "grpo"
+    batches = [] if rewarded else _pieces(train.lengths, config, choice.micro_batch)
     tokens = int(train.lengths.sum())
-    seconds, basis = _time(shape, placement, choice, steps / per_epoch, batches, train, valid,
-                           _evaluations(steps, per_epoch, valid, config), tokens_per_second)
+    evaluations = _evaluations(steps, per_epoch, valid, config)
+    if rewarded:
+        seconds, basis = _time_of_rewards(shape, config, placement, choice, steps / per_epoch, train, valid,
+                                          evaluations, tokens_per_second)
+    else:
+        seconds, basis = _time(shape, placement, choice, steps / per_epoch, batches, train, valid, evaluations,
+                               tokens_per_second)
     if not tokens_per_second and placement.device != "cpu":  # processes on a CPU share what was measured
         seconds /= config.num_processes
     seconds *= max(0, steps - steps_done) / steps
@@ -191,12 +207,13 @@ def make_plan(shape: ModelShape, config: TrainConfig, placement: Placement, choi
         sequences=rows, longest=int(train.lengths.max()), steps=steps, steps_per_epoch=per_epoch,
         warmup_steps=warmup_steps(steps, config), exposures=epochs + min(1.0, rest * config.effective_batch / rows),
         tokens_per_epoch=tokens, trained_tokens_per_epoch=int(train.trained.sum()),
-        padding=sum(n * longest for n, longest in batches) / tokens - 1,
-        pieces=-(-config.batch_size // choice.micro_batch), accumulation=config.accumulation,
+        padding=sum(n * longest for n, longest in batches) / tokens - 1 if batches else 0.0,
+        pieces=-(-config.learned_at_once // choice.micro_batch), accumulation=config.accumulation,
         effective_batch=config.effective_batch, choice=choice, seconds=seconds, basis=basis,
         notes=(*surprises(rows, steps, config), *notes), row=row_name(config),
         longest_sequence=train.longest, device=placement.device, dtype=placement.short, method=config.method,
-        learning_rate=config.learning_rate, steps_done=steps_done, pictures=pictures)
+        learning_rate=config.learning_rate, steps_done=steps_done, pictures=pictures,
+        **({"answers": config.answers, "answer_tokens": config.max_new_tokens} if rewarded else {}))
 
 
 def _pieces(lengths: np.ndarray, config: TrainConfig, micro_batch: int) -> list[tuple[int, int]]:
@@ -267,6 +284,32 @@ def _time(shape: ModelShape, placement: Placement, choice: BatchChoice, epochs: 
     return float(seconds), f"{EFFICIENCY:.0%} of the {speed / 1e12:.3g} TFLOP/s that a matrix product reaches here"
 
 
+def _time_of_rewards(shape: ModelShape, config: TrainConfig, placement: Placement, choice: BatchChoice, epochs: float,
+                     train: Sizes, valid: Sizes, evaluations: int, tokens_per_second: float | None,
+                     ) -> tuple[float, str]:
+    """The same of a training from rewards, if every answer had as many tokens as it may.
+
+    A sampled token is multiplied with all weights, in products of as many rows as are sampled at once, whose speed is
+    measured as such: it is that of memory. What is learned then goes forward and backward as in any training.
+    """
+    if_all, length = f"if every answer had all {config.max_new_tokens:,} tokens", config.max_new_tokens
+    asked = min(VALIDATED, len(valid))
+    checked = evaluations * asked * (float(valid.lengths.mean()) + length) if asked else 0.0
+    if tokens_per_second:
+        tokens = epochs * config.answers * float((train.lengths + length).sum()) + checked
+        return tokens / tokens_per_second, f"{if_all}, at {tokens_per_second:,.0f} tokens/s as in the last training"
+    answers = epochs * len(train) * config.answers
+    speed, drawing = (product_speed(shape, placement, rows) for rows in (_ROWS, sampled_at_once(config)))
+    weights = shape.active + shape.adapter_active
+    learned = epochs * config.answers * sum(_operations(shape, choice.checkpointing, 1, int(start) + length)
+                                            for start in train.lengths)
+    learned += (8 if shape.head_trained else 4) * shape.head * answers * length
+    read = 2 * weights * (epochs * config.answers * float(train.lengths.sum()) + checked)
+    sampled = 2 * (weights + shape.head) * length * (answers + evaluations * asked)
+    seconds = (learned + read) / (speed * EFFICIENCY) + sampled / (drawing * EFFICIENCY)
+    return float(seconds), f"{if_all}, at {EFFICIENCY:.0%} of the speed that matrix products reach here"
+
+
 def _operations(shape: ModelShape, checkpointing: bool, rows: int, length: int) -> int:
     """Floating-point operations of one batch, head excluded: a multiplication and an addition count as two.
 
@@ -280,12 +323,12 @@ def _operations(shape: ModelShape, checkpointing: bool, rows: int, length: int) 
     return tokens * (dense + 14 * length * shape.layers * shape.attention)
 
 
-def product_speed(shape: ModelShape, placement: Placement) -> float:
-    """Operations per second of matrix products of this model's sizes, in its type and on its device, measured for
-    about ``_MEASURED`` seconds; other programs that want the processor are there in training, too."""
+def product_speed(shape: ModelShape, placement: Placement, rows: int = _ROWS) -> float:
+    """Operations per second of matrix products of so many rows and this model's sizes, in its type and on its device,
+    measured for about ``_MEASURED`` seconds; other programs that want the processor are there in training, too."""
     import torch
 
-    a = torch.ones(1024, shape.hidden, dtype=placement.dtype, device=placement.device)
+    a = torch.ones(rows, shape.hidden, dtype=placement.dtype, device=placement.device)
     b = torch.ones(shape.hidden, shape.widest, dtype=placement.dtype, device=placement.device)
     (a @ b)[0, 0].item()  # the first product includes choosing and preparing the kernel
     products, start = 0, time.perf_counter()

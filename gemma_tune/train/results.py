@@ -112,15 +112,16 @@ def _named_parameters(model: Any, adapted: Sequence[str]) -> list[str]:
     return sorted(short if sum(name.endswith(ends) for name in there) == len(adapted) else adapted)
 
 
-def plot(records: Sequence[dict[str, Any]], path: Path, compares: bool = False) -> None:
-    """Training and validation loss over the steps, as a PNG.
+def plot(records: Sequence[dict[str, Any]], path: Path, method: str = "sft") -> None:
+    """Training and validation loss over the steps, as a PNG; of a training from rewards these.
 
     Args:
-        compares: the loss is one of preferences, and has no unit.
+        method: the loss of preferences has no unit.
     """
+    what = "reward" if method == "grpo" else "loss"
     draw(path, [(label, style, [(r["step"], r[name]) for r in records if name in r])
-                for name, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--"))],
-         "step", "loss" if compares else "loss (nats per trained token)")
+                for name, label, style in ((what, "training", "-"), (f"eval_{what}", "validation", "o--"))],
+         "step", "loss (nats per trained token)" if method == "sft" else what)
 
 
 def draw(path: Path, lines: Sequence[tuple[str, str, Sequence[tuple[Any, Any]]]], along: str, up: str, *,

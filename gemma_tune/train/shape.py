@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_tune.answers.lengths import keys_of_a_token
 from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.lora.experts import chosen_of, share_of
@@ -56,6 +57,8 @@ class ModelShape:
         begun: those of them that began as an adapter has them, which is kept to be compared with.
         whole_active: those of them that each token is multiplied with, head excluded.
         modules: how many modules that are.
+        cached: numbers of keys and values that all layers keep of a token while an answer is made; 0 where
+            none is.
         head_trained: the head is among them, by itself or as the embedding.
         model: with its adapter, on the meta device.
     """
@@ -79,6 +82,7 @@ class ModelShape:
     begun: int = 0
     whole_active: int = 0
     modules: int = 0
+    cached: int = 0
     head_trained: bool = False
     model: Any = field(default=None, compare=False, repr=False)
 
@@ -128,6 +132,7 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
         widest=max(map(max, adapted)), layers=text_config.num_hidden_layers,
         attention=_attention_width(text_config),
         item=dtype.itemsize, kept=_counter(with_adapter, through, torch.device(device)),
+        cached=keys_of_a_token(text_config) if config.method == "grpo" else 0,
         whole=in_whole, resting=sum(p.numel() for module in whole for p in module.parameters() if p.ndim > 1),
         begun=in_whole if start else 0,
         whole_active=sum(module.weight.numel() for module in matrices), modules=len(whole),

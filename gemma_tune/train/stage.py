@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +13,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, remove
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import span
+from gemma_tune.config.rewards import read
 from gemma_tune.config.settings import NOT_GIVEN
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import quiet_libraries
@@ -55,11 +57,14 @@ from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, spee
 from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import plot, save_adapter
+from gemma_tune.train.reward_program import refuse_missing
+from gemma_tune.train.rewards import Scorer
 from gemma_tune.train.shape import ModelShape
 from gemma_tune.train.start import start_folder
 from gemma_tune.train.startup import Startup
 from gemma_tune.train.steps import run_steps
 from gemma_tune.train.tuning import read_tuning
+from gemma_tune.train.verdict import measure_of
 
 if TYPE_CHECKING:
     from gemma_tune.train.ahead import KernelsAhead
@@ -133,6 +138,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     session, waiting, start = as_before(session, go_on, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
     sequences = prepared_sequences(session)
+    refuse_missing(read(session.config.reward))
     sizes = [sizes_of(rows, session.config) for rows in sequences]
     placement = choose_placement(session.config.dtype)
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
@@ -198,6 +204,7 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
 
     processes.refuse_another_number(session.config)
     sequences = prepared_sequences(session)
+    refuse_missing(read(session.config.reward))
     sizes = [sizes_of(rows, session.config) for rows in sequences]
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
     config, run, listener = session.config, session.run, session.listener
@@ -225,6 +232,13 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
           kernels: KernelsAhead | None = None) -> dict[str, Any]:
     """What every process of the training does; the main one also saves. Returns figures for the summary."""
     quiet_libraries()
+    config = job.session.config
+    with Scorer(read(config.reward)) if config.method == "grpo" else contextlib.nullcontext() as scorer:
+        return _trained(job, chat, refuse_bad_weights, kernels, scorer)
+
+
+def _trained(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any], kernels: KernelsAhead | None,
+             scorer: Scorer | None) -> dict[str, Any]:
     from gemma_tune.train.effect import AdapterStart
     from gemma_tune.train.learned import require_learned
 
@@ -244,7 +258,7 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
     steps = total_steps(rows, config) - job.training.steps_before
     _tell_of_steps(session, rows)
     log, best, samples, stop, reports = callbacks = _callbacks(job, chat)
-    trainer = make_trainer(job, model, chat, train_rows, valid_rows, steps, callbacks, shown)
+    trainer = make_trainer(job, model, chat, train_rows, valid_rows, steps, callbacks, shown, scorer)
     log.trainer = best.trainer = samples.trainer = reports.trainer = trainer
     keep_what_is_best(session, job.training, best)
     start = AdapterStart(trainer.model, trainer.base)
@@ -258,7 +272,7 @@ def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],
         summary = run_steps(trainer, log, stop, best, samples, session, job.choice, job.checkpoint, job.startup)
     settings.end(trainer)
     if processes.is_main():
-        plot(log.records, run.plot, config.prefers)
+        plot(log.records, run.plot, config.method)
         until = [record for record in log.records if record["step"] <= summary["kept_step"]]
         if summary["kept_step"]:  # else the adapter that it started from is the best, and stays
             summary |= require_learned(session, trainer, chat, start, until, summary["steps"])
@@ -278,9 +292,10 @@ def _callbacks(job: Job, chat: ChatFormat) -> tuple[MetricsLog, Best, Samples, S
     first = step_of(job.checkpoint) if job.checkpoint else 0
     log = MetricsLog(run.metrics, listener, first, job.earlier)
     stop, reports = StopRequest(listener), Reports(session, job.training, log)
+    measure = measure_of(config)
     best = Best(run.checkpoints, job.training.id, listener, keeps=config.keep == "best", patience=config.early_stopping,
                 earlier=job.earlier, checkpoints=config.keep_checkpoints, before=job.training.steps_before,
-                first=job.training.before.get("eval_loss_before"))
+                first=job.training.before.get(f"{measure.key}_before"), measure=measure)
     samples = Samples(session, chat, config.samples, log, earlier_records(run.samples, first), job.startup.total)
     return log, best, samples, stop, reports
 

@@ -24,7 +24,7 @@ from gemma_tune.run.session import Session
 from gemma_tune.run.stage import locked, other_settings
 from gemma_tune.train.method import usual_rate
 
-PREFERENCES = ("dpo", "kto", "orpo")
+PREFERENCES = ("dpo", "kto", "orpo", "grpo")  # what comes after answers were learned, or in place of it
 NONE = "none"  # starts from zero again, where an adapter was named before
 _HUB = "hf:"
 _INPUT = "from_adapter"
@@ -120,7 +120,7 @@ def _with_usual_rate(session: Session) -> Session:
     """With the learning rate of what the adapter trains, all weights or LoRA; one that is given now stays."""
     if "learning_rate" in session.given:
         return session
-    rate, origin = usual_rate(session, session.config.method), "method" if session.config.prefers else "family"
+    rate, origin = usual_rate(session, session.config.method), "family" if session.config.method == "sft" else "method"
     session.listener.note(f"learning rate {rate:g}, the usual one for {_KINDS[session.config.full]}")
     return replace(session, resolved=session.resolved.but({"learning_rate": rate}, {"learning_rate": {"from": origin}}))
 
@@ -128,7 +128,7 @@ def _with_usual_rate(session: Session) -> Session:
 def _learned_answers(session: Session) -> bool:
     """Whether the run has an adapter that learned answers, which a training of preferences goes on from."""
     record = session.manifest.stages.get("train")
-    return (session.config.method in ("dpo", "kto") and record is not None and session.run.adapter.is_dir()
+    return (session.config.method in ("dpo", "kto", "grpo") and record is not None and session.run.adapter.is_dir()
             and record["base"] == session.model.fingerprint and _last_method(session) == "sft")
 
 

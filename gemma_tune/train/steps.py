@@ -48,7 +48,7 @@ def run_steps(trainer: GemmaTrainer, log: MetricsLog, stop: StopRequest, best: B
                 _load_trained(trainer.model, checkpoint)
             if stop.requested and trainer.state.global_step < trainer.state.max_steps:
                 raise _stopped(session, trainer.state)
-            if evaluates and (not log.records or "eval_loss" not in log.records[-1]):
+            if evaluates and (not log.records or best.measure.key not in log.records[-1]):
                 trainer.evaluate()
     except (RuntimeError, MemoryError) as e:
         if is_out_of_memory(e):
@@ -58,7 +58,6 @@ def run_steps(trainer: GemmaTrainer, log: MetricsLog, stop: StopRequest, best: B
         raise
     trainer.forget_moments()  # the room is for the base model, with which what was learned is compared
     losses = [r["loss"] for r in log.records if "loss" in r]
-    evals = validation_losses(log.records)
     last = trainer.state.global_step
     kept = best.restore(last)
     if sentence := best.described(kept, last, "--max-steps" if session.config.max_steps else "--epochs"):
@@ -66,8 +65,7 @@ def run_steps(trainer: GemmaTrainer, log: MetricsLog, stop: StopRequest, best: B
     samples.compare(kept, last)
     return {"steps": trainer.state.global_step, "train_loss_first": losses[0] if losses else None,
             "train_loss_last": losses[-1] if losses else None,
-            "eval_loss_before": evals.get(0), "eval_loss_after": evals.get(kept), "kept_step": kept,
-            **_preferences(log.records, kept),
+            **_validated(log.records, kept), "kept_step": kept,
             "tokens": log.tokens, "tokens_per_second": round(log.overall_speed, 1),
             "training_seconds": round(log.seconds_before + log.busy, 1), "resumed_from_step": log.first_step,
             "startup_seconds": startup.seconds}
@@ -80,11 +78,18 @@ def _make_room(session: Session, checkpoint: Path | None) -> None:
         set_aside(session.run, session.manifest)
 
 
-def _preferences(records: Sequence[Mapping[str, Any]], kept: int) -> dict[str, float]:
-    """What the validation says of a training of preferences; nothing of another one."""
+def _validated(records: Sequence[Mapping[str, Any]], kept: int) -> dict[str, float | None]:
+    """What the validation says, of a training of preferences or from rewards with the figures that others lack."""
+    losses = validation_losses(records)
     last = next((record for record in records if record["step"] == kept and "eval_loss" in record), {})
     names = {"eval_accuracy_after": "eval_rewards/accuracies", "eval_margin_after": "eval_rewards/margins"}
-    return {name: last[key] for name, key in names.items() if key in last}
+    more = {name: last[key] for name, key in names.items() if key in last}
+    if steps := [record for record in records if "reward" in record]:
+        rewards = {record["step"]: record["eval_reward"] for record in records if "eval_reward" in record}
+        more |= {"eval_reward_before": rewards.get(0), "eval_reward_after": rewards.get(kept),
+                 "train_reward_first": steps[0]["reward"], "train_reward_last": steps[-1]["reward"]}
+        more |= {"train_loss_first": None, "train_loss_last": None}  # which say nothing there
+    return {"eval_loss_before": losses.get(0), "eval_loss_after": losses.get(kept), **more}
 
 
 def _stopped(session: Session, state: Any) -> Interrupted:

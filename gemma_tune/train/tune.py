@@ -69,7 +69,7 @@ def tune(session: Session, settings: TuneConfig | None = None) -> StageReport:
     with locked(session, "tune"), os_errors(run.root):
         manifest = read_manifest(run.root) or session.manifest
         asked = replace(session, manifest=manifest)
-        session, start = with_start(with_method(asked), None, writes=False)
+        session, start = with_start(_without_rewards(with_method(asked)), None, writes=False)
         session = replace(session, inputs=require_inputs(run, manifest, "train") | start)
         require_unharmed(run, manifest, "tune", "prepare", "tokens")
         job = _job(session, asked, settings, started)
@@ -79,6 +79,18 @@ def tune(session: Session, settings: TuneConfig | None = None) -> StageReport:
             return _report(job, tuning, "up-to-date")
         _search(job, tuning)
         return _report(job, tuning, "done")
+
+
+def _without_rewards(session: Session) -> Session:
+    """The session, unless its method has no validation loss that candidates could be compared by.
+
+    Raises:
+        UserError: it learns from rewards.
+    """
+    if session.config.method == "grpo":
+        raise UserError("candidates are compared by their validation loss, and --method grpo has none",
+                        "give `train --method grpo` a --learning-rate; to tune a training of answers: --method sft")
+    return session
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Whether a training did what it is for: the loss has to be lower after it than before."""
+"""Whether a training did what it is for: the loss has to be lower after it than before, or the reward higher."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ VALIDATION_MARGIN = 0.05
 TRAINING_MARGIN, EPOCHS_MARGIN = 0.5, 0.2
 _FEWEST, _MOST = 4, 10  # steps whose training losses are averaged
 _ERRORS = 3.0  # standard errors that chance seldom makes
+LEAST_REWARD = 1e-6  # what two equal means of rewards may differ by
 KNOWN = 0.01  # nats per token: what a model knows so well leaves nothing to learn
 # A divergence in nats per token, and a part of the loss, below which nobody will see a difference.
 NEGLIGIBLE, NEGLIGIBLE_LOSS = 1e-10, 1e-5
@@ -29,15 +30,48 @@ MOST_SKIPPED = 20  # steps after which the loss scaler of fp16 has found its fac
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What a training's weights are judged by. Here and in ``best`` the lowest is the best, so a reward counts with its
+    sign turned.
+
+    Attributes:
+        key: what records of the log call it.
+        name: what people do.
+        sign: of what counts.
+        best, better: what the best value is, and one that is better than another.
+    """
+
+    key: str
+    name: str
+    sign: int
+    best: str
+    better: str
+
+    def shown(self, value: float) -> str:
+        """The figure as it is."""
+        return f"{self.sign * value:.4g}"
+
+
+LOSS = Measure("eval_loss", "loss", 1, "lowest", "lower")
+REWARD = Measure("eval_reward", "reward", -1, "highest", "higher")
+
+
+def measure_of(config: TrainConfig) -> Measure:
+    """That of a method."""
+    return REWARD if config.method == "grpo" else LOSS
+
+
+@dataclass(frozen=True)
 class LossChange:
-    """A loss before and after a training.
+    """A loss, or a reward with its sign turned, before and after a training.
 
     Attributes:
         what: which loss.
         before: in nats per trained token; ``after``, too.
         best: step and validation loss of the lowest one in between that is below ``before``; None if there is none.
         same_rows: whether both are of the same rows.
-        error: standard error of the difference, where they are not.
+        error: standard error of the difference, where they are not; of rewards always.
+        measure: what it is.
     """
 
     what: str
@@ -46,6 +80,7 @@ class LossChange:
     best: tuple[int, float] | None = None
     same_rows: bool = True
     error: float = 0.0
+    measure: Measure = LOSS
 
     @property
     def by_chance(self) -> bool:
@@ -54,13 +89,14 @@ class LossChange:
 
     @property
     def figures(self) -> str:
-        """Both losses, for a message."""
-        return f"{self.what} loss {self.before:.4g} before, {self.after:.4g} after"
+        """Both, for a message."""
+        before, after = map(self.measure.shown, (self.before, self.after))
+        return f"{self.what} {self.measure.name} {before} before, {after} after"
 
 
-def validation_losses(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """By step, of the log's records; step 0 is before the first one."""
-    return {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
+def validation_losses(records: Sequence[Mapping[str, Any]], measure: Measure = LOSS) -> dict[int, float]:
+    """By step, of the log's records; step 0 is before the first one. Of rewards with their sign turned."""
+    return {record["step"]: measure.sign * record[measure.key] for record in records if measure.key in record}
 
 
 def changes(records: Sequence[Mapping[str, Any]]) -> list[LossChange]:
@@ -70,20 +106,31 @@ def changes(records: Sequence[Mapping[str, Any]]) -> list[LossChange]:
         records: of the log, those before an interruption included.
     """
     found = []
-    evals = validation_losses(records)
+    measure = REWARD if any("reward" in record or REWARD.key in record for record in records) else LOSS
+    evals = validation_losses(records, measure)
     if len(evals) > 1 and 0 in evals:  # else there are no validation rows, or the first records are lost
         last = max(evals)
         step = min(evals, key=evals.__getitem__)
         best = (step, evals[step]) if step not in (0, last) else None
-        found.append(LossChange("validation", evals[0], evals[last], best))
+        found.append(LossChange("validation", evals[0], evals[last], best, measure=measure,
+                                error=_error_of_rewards(records, 0, last)))
     steps = [r for r in records if "loss" in r]
     if (some := _averaged(steps)) is not None:
         losses, tokens = [r["loss"] for r in steps], _tokens_of(steps)
+        if measure is REWARD:  # each step has as many answers
+            losses, tokens = [-r["reward"] for r in steps], [1] * len(steps)
         sides = [sum(loss * n for loss, n in zip(losses[part], tokens[part])) / sum(tokens[part])
                  for part in (slice(some), slice(-some, None))]
         found.append(LossChange("training", *sides, same_rows=some % _epoch_of(steps) == 0,
-                                error=_error_of(losses[:some], losses[-some:])))
+                                error=_error_of(losses[:some], losses[-some:]), measure=measure))
     return found
+
+
+def _error_of_rewards(records: Sequence[Mapping[str, Any]], *steps: int) -> float:
+    """Standard error of the difference of the mean validation rewards after two steps, as if they were of other
+    prompts; 0 where they are none."""
+    spreads = [record for step in steps for record in records if record["step"] == step and REWARD.key in record]
+    return math.sqrt(sum(r.get("eval_reward_std", 0.0) ** 2 / max(1, r.get("eval_prompts", 1)) for r in spreads))
 
 
 def _averaged(steps: Sequence[Mapping[str, Any]]) -> int | None:
@@ -122,12 +169,22 @@ def rose(records: Sequence[Mapping[str, Any]]) -> LossChange | None:
 
 
 def first_loss(records: Sequence[Mapping[str, Any]]) -> float:
-    """Of the training, before anything was learned; infinite where it is not known."""
-    return next((r["loss"] for r in records if "loss" in r), math.inf)
+    """Of the training, before anything was learned; infinite where it is not known, or says nothing, as that of answers
+    with rewards."""
+    return next((r["loss"] for r in records if "loss" in r and "reward" not in r), math.inf)
+
+
+def never_compared(records: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Mean rewards of the steps of a training in which all answers to a prompt always had the same one; None where two
+    differed, or there are none."""
+    steps = [r for r in records if "frac_reward_zero_std" in r]
+    return [r["reward"] for r in steps] if steps and all(r["frac_reward_zero_std"] == 1 for r in steps) else None
 
 
 def is_harm(found: LossChange) -> bool:
-    """Whether a loss rose by more than chance explains."""
+    """Whether a loss rose, or a reward fell, by more than chance explains."""
+    if found.measure is REWARD:
+        return not found.after <= found.before + max(LEAST_REWARD, _ERRORS * found.error)
     if found.what == "validation":
         margin, by_chance = VALIDATION_MARGIN, 0.0
     else:
@@ -139,7 +196,9 @@ def advice(found: LossChange, learning_rate: float, steps: int) -> str:
     """What to change before training again."""
     if found.best:
         step, loss = found.best
-        return (f"the loss was lowest after step {step} of {steps} ({loss:.4g}): train shorter with --max-steps "
+        name, best = found.measure.name, found.measure.best
+        return (f"the {name} was {best} after step {step} of {steps} ({found.measure.shown(loss)}): train shorter with "
+                "--max-steps "
                 f"{step}, or with a lower --learning-rate than {learning_rate:g}")
     return f"train again with a lower --learning-rate, such as {learning_rate / 10:.1g} instead of {learning_rate:g}"
 
@@ -174,6 +233,12 @@ def likely_cause(config: TrainConfig, records: Sequence[Mapping[str, Any]], step
     """
     again = f"train again with --learning-rate {usual_rate:g}"
     norms = [r["grad_norm"] for r in records if r.get("grad_norm") is not None]
+    if (rewards := never_compared(records)) is not None:
+        return ("no group of answers ever had two different rewards, so that there was nothing to prefer: "
+                f"{min(rewards):.3g} to {max(rewards):.3g} in all steps",
+                "look at what is rewarded, in logs/rollouts.jsonl: a reward that tells good answers from better ones "
+                "is needed, prompts that the model answers well now and then, more --answers, or a training of answers "
+                "before (--method sft)")
     if config.learning_rate == 0:
         return "the learning rate is 0", again
     if not trained_tokens:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemma_tune.answers import decoders, decoding, generation
-from gemma_tune.answers.generation import BROKEN, _cut, greedy_continuations, prompt_ids
+from gemma_tune.answers.generation import BROKEN, answer_of, greedy_continuations, prompt_ids
 from gemma_tune.answers.kept import KeptTurns
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.answers.sight import beside, see
@@ -111,7 +111,7 @@ def test_prompts_with_and_without_pictures_in_a_batch(case, family):
     assert names == [("0.png", "2.png"), (), ("1.png",)]
     found = greedy_continuations(case.model, case.chat, [prompt_ids(case.chat, row) for row in rows], TOKENS,
                                  pictures=names, seen=case.seen)
-    assert [one.text for one in found] == [_cut(case.chat, case.theirs(row)).text for row in rows]
+    assert [one.text for one in found] == [answer_of(case.chat, case.theirs(row)).text for row in rows]
 
 
 @pytest.mark.parametrize("family", seers.FAMILIES)

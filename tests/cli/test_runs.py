@@ -58,7 +58,7 @@ def test_the_lowest_loss_is_found_among_others(tmp_path):
     run.metrics.write_text("".join(json.dumps(r) + "\n" for r in (
         {"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 0.1}, {"step": 4, "eval_loss": 1.5},
         {"step": 8, "eval_loss": float("nan")}, {"step": 9, "eval_loss": 2.0})))
-    assert best_so_far(run.metrics) == (4, 1.5)
+    assert best_so_far(run.metrics) == (4, 1.5, "loss")
     run.metrics.write_text('{"step": 1, "eval_loss": "x"}\n')
     assert best_so_far(run.metrics) is None
 

@@ -1,0 +1,82 @@
+"""Prompts that a training from rewards asks, with the answers that their rows have, and the text of what was said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemma_tune.answers.generation import answer_of
+from gemma_tune.answers.prompts import Prompt, prompt_of
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.encoding.thinking import apart, opened_thought
+from gemma_tune.train.asked import rows_of, starts_of
+from gemma_tune.train.batches import Batch, collate
+
+_TAIL = 16  # tokens of a prompt's end, in which it can open a thought
+_THOUGHT = "<think>"
+
+
+class Prompts(torch.utils.data.Dataset):
+    """Prompts with the answers that their rows have.
+
+    An item is a dictionary: ``input_ids`` and ``labels`` of the whole sequence, ``number`` of the prompt in this
+    dataset, and ``prompt`` and ``reference``, the ids before and of the answer.
+
+    Args:
+        sequences: of :func:`gemma_tune.train.asked.prompts_in`.
+        path: of the rows that they were made from.
+    """
+
+    def __init__(self, sequences: Any, path: Path):
+        self.sequences, self.path = sequences, path
+        self.starts, self.rows = starts_of(sequences), rows_of(sequences)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        found = []
+        for number in map(int, numbers):
+            row, start = self.sequences[number], int(self.starts[number])
+            ids = [int(token) for token in row["input_ids"]]
+            found.append({"input_ids": row["input_ids"], "labels": row["labels"], "number": number,
+                          "prompt": ids[:start], "reference": ids[start:]})
+        return found
+
+    def asked(self, number: int) -> Prompt:
+        """The prompt's turns, and the tools on offer."""
+        with open(self.path, "rb") as lines:
+            lines.seek(self._places[self.rows[number]])
+            return prompt_of(json.loads(lines.readline()))
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """Where each line begins (int64)."""
+        with open(self.path, "rb") as lines:
+            return np.cumsum([0, *map(len, lines)])
+
+
+def collate_prompts(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Prompts as a batch: what :func:`gemma_tune.train.batches.collate` makes of their sequences, and ``prompts``, the
+    items themselves, for which answers take the place of the sequences."""
+    rows = Batch(items, items.tokens, items.trained, items.step) if isinstance(items, Batch) else list(items)
+    return collate(rows) | {"prompts": list(items)}
+
+
+def said(chat: ChatFormat, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The text of an answer, with its outer white space taken away, and what was thought before it left out: of a
+    thought that did not end nothing is left."""
+    text = answer_of(chat, answer).text
+    opened = bool(opened_thought(chat.tokenizer.decode([*prompt[-_TAIL:]])))
+    content = apart({"role": "assistant", "content": text}, opened)["content"]
+    unended = content == text and (opened or text.lstrip().startswith(_THOUGHT)) and "</think>" not in text
+    return "" if unended else content.strip()

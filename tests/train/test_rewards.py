@@ -1,0 +1,153 @@
+"""What answers are worth: the built-in rewards, how they are written, and programs that score, also those that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from gemma_tune.base.errors import UserError, WorkFailed
+from gemma_tune.config.rewards import problems_of, read
+from gemma_tune.train import reward_program
+from gemma_tune.train.reward_program import RewardProgram, refuse_missing
+from gemma_tune.train.rewards import Scored, Scorer, last_number
+
+PROMPT = [{"role": "user", "content": "How many? 多少"}]
+# Reads all lines before it writes any number, writes to standard error as well, and says what it was given.
+SCORES = """
+import json, sys
+given = []
+for line in sys.stdin:
+    given.append(json.loads(line))
+    print("thinking about", given[-1]["answer"], file=sys.stderr)
+    if len(given) == 2:
+        for one in given:
+            print(len(one["answer"]) / 2 if one["prompt"][0]["content"].endswith("多少") and one["reference"] == "4" else -1, flush=True)
+        given.clear()
+"""
+
+
+def scored(answer: str, reference: str = "4", ended: bool = True) -> Scored:
+    return Scored(PROMPT, answer, reference, ended)
+
+
+def score(reward: str, *answers: Scored) -> list[float]:
+    with Scorer(read([reward])) as scorer:
+        return scorer.scores(answers)[:, 0].tolist()
+
+
+@pytest.mark.parametrize(("reward", "answer", "reference", "expected"), [
+    ("exact", " It \n rains. ", "It rains.", 1), ("exact", "It rains", "It rains.", 0), ("exact", "e\u0301", "\u00e9", 1),
+    ("contains", "I say: It  rains. Always.", "It rains.", 1), ("contains", "It rain", "It rains.", 0),
+    ("number", "So 6 x 200 = 1,200.", "#### 1200", 1), ("number", "1,200 and then 3", "1200", 0), ("number", "no idea", "12", 0),
+    ("number", "twelve", "twelve", 0), ("number", "is 3/4", "0.75", 1), ("number", "$-0.50", "-1/2", 1), ("number", "5-3", "3", 1),
+    ("number", "１２", "12", 1), ("number", "1/0", "1/0", 0), ("json", '{"a": [1, 2]}\n', "", 1), ("json", "{'a': 1}", "", 0), ("json", "", "", 0),
+    ("json", "[NaN]", "", 0), ("json", "```json\n{}\n```", "", 0), ("json", "[" * 100_000, "", 0), ("regex:^\\d{1,3}$", "123", "", 1),
+    ("regex:^\\d{1,3}$", "1234", "", 0), ("chrf", "It rains.", "It rains.", 1), ("chrf", "xyz", "It rains.", 0)])
+def test_rewards_of_an_answer(reward, answer, reference, expected):
+    assert score(reward, scored(answer, reference)) == [expected]
+
+
+def test_a_reward_between_none_and_all_and_of_the_end():
+    [near] = score("chrf", scored("It rained.", "It rains."))
+    assert 0.3 < near < 1
+    assert score("ended", scored("a"), scored("a", ended=False)) == [1, 0]
+
+
+def test_several_rewards_have_columns_and_weights():
+    with Scorer(read(["exact=2", "regex:a", "regex:b=-0.5"])) as scorer:
+        found = scorer.scores([scored("4"), scored("ab"), scored("b")])
+        assert found.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
+        assert (found @ scorer.weights).tolist() == [2, 0.5, -0.5]
+        assert [one.name for one in scorer.rewards] == ["exact", "regex", "regex_2"]
+        assert scorer.scores([]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "1," * 3000 + "x", "-" * 5000, "1/" + "9" * 5000])
+def test_absurd_numbers_take_no_time(text):
+    began = time.monotonic()
+    last_number(text)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(("written", "problem"), [
+    ("exakt", "'exakt' is not one of exact, contains, number, chrf, json, ended, regex:PATTERN, command:PROGRAM"), ("exakt", "did you mean `exact`?"),
+    ("exact=0", "with the weight 0, 'exact=0' counts for nothing"), ("exact:x", "exact takes no argument"), ("regex", "regex needs a pattern"),
+    ("regex:(", "is no regular expression"), ("command:", "command needs a program")])
+def test_rewards_that_are_none(written, problem):
+    [found] = problems_of([written])
+    assert found.startswith("reward: ") and problem in found
+
+
+def test_a_reward_that_is_there_twice():
+    assert "is there twice" in problems_of(["exact", "exact=2"])[0]
+    assert problems_of(["regex:a", "regex:b"]) == []
+
+
+# ---- programs
+
+@pytest.fixture
+def program(tmp_path):
+    """A command of a Python program with this text."""
+    def command(text: str) -> str:
+        path = tmp_path / "score it.py"
+        path.write_text(text, encoding="utf-8")
+        return f'"{sys.executable}" "{path}" --some "argument, or two"'
+
+    return command
+
+
+def test_a_program_scores_several_answers_at_once(program):
+    with Scorer(read([f"command:{program(SCORES)}=2", "ended"])) as scorer:
+        for _ in range(2):  # it goes on
+            assert scorer.scores([scored("abcd"), scored("ab", ended=False)]).tolist() == [[2, 1], [1, 0]]
+        assert scorer.weights.tolist() == [2, 1]
+        process = scorer._programs[0]._process
+    assert process.poll() == 0, "it ended with its input"
+
+
+def test_a_program_gets_an_object_on_one_line(program):
+    text = "import json, sys\nfor line in sys.stdin:\n    print(float(sorted(json.loads(line)) == {}), flush=True)"
+    keys = sorted(["prompt", "answer", "reference", "ended"])
+    assert score(f"command:{program(text.format(keys))}", scored("a\nb\u2028c")) == [1]
+
+
+@pytest.mark.parametrize(("text", "what"), [
+    ("import sys\nsys.exit('no model here')", "ended with exit code 1"), ("import sys; sys.stdin.readline(); print('nan')", "wrote 'nan', which is no finite number"),
+    ("import sys; sys.stdin.readline(); print('good')", "wrote 'good', which is no finite number"),
+    ("import sys; sys.stdin.readline(); print()", "wrote '', which is no finite number"), ("input(); print('inf')", "wrote 'inf'"),
+    ("import time\nprint(1, flush=True)\ntime.sleep(60)", "wrote nothing for 1 seconds")],
+    ids=["ended", "nan", "word", "empty", "infinite", "silent"])
+def test_a_program_that_fails_is_told_with_what_it_was_given(program, monkeypatch, text, what):
+    monkeypatch.setattr(reward_program, "PATIENCE", 1.0 if "sleep" in text else 60.0)
+    monkeypatch.setattr(reward_program, "_TO_END", 2.0)
+    with pytest.raises(WorkFailed) as failed:
+        score(f"command:{program(text)}", scored("an answer"), scored("x" * 10_000))
+    assert what in failed.value.message and "it was given {" in failed.value.message and "score it.py" in failed.value.message
+    assert '"answer": "an answer"' in failed.value.message or "sleep" in text and len(failed.value.message) < 1000
+    assert ("its last words: no model here" in failed.value.message) == ("exit(" in text)
+    assert "the same command goes on" in failed.value.hint
+
+
+def test_a_program_that_is_not_there_is_refused_before_any_work(tmp_path):
+    rewards = read(["exact", "command:no-such-program --x"])
+    with pytest.raises(UserError) as refused:
+        refuse_missing(rewards)
+    assert "there is no program no-such-program" in refused.value.message
+    with pytest.raises(UserError, match="cannot be started"):
+        Scorer(rewards)
+    with pytest.raises(UserError, match="cannot be read"):
+        refuse_missing(read(["command:python 'score.py"]))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_ctrl_c_does_not_reach_a_program(program):
+    running = RewardProgram(program("import sys\nfor line in sys.stdin: print(1, flush=True)"))
+    try:
+        assert os.getpgid(running._process.pid) != os.getpgid(0)
+        assert running.scores([json.dumps({})]) == [1]
+    finally:
+        running.close()
