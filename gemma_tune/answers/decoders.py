@@ -50,7 +50,7 @@ class Decoder:
         self.ended = zeros(rows, dtype=torch.bool)
         self.finite = zeros(dtype=torch.bool)
         self.stops: Any = None  # (vocabulary), whether a token ends a row
-        self._last = _last_position(model)
+        self._last = last_position(model)
         self._captured: dict[tuple[int, bool], tuple[Any, Any]] = {}  # graph, and the logits that it leaves
         self._pool: Any = None
         self._key = (0, True)
@@ -225,7 +225,8 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _last_position(model: Any) -> dict[str, int]:
+def last_position(model: Any) -> dict[str, int]:
+    """What has a model make logits of the last position alone, if it can."""
     known = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
     return {"logits_to_keep": 1} if known else {}
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gemma_tune.answers import decoding
+from gemma_tune.answers import decoders, decoding
 from gemma_tune.answers.generation import READ_EVERY, joined, padded, room_for_answer
 from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.base.finite import refuse_not_finite
@@ -46,8 +46,33 @@ def drawn_tokens(model: Any, chat: ChatFormat, encoded: Sequence[Sequence[int]],
                                                choose=choose if numbers is not None else None))
                 return [_ended(chat, row) for row in joined(groups)]
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
-                             max_new_tokens=limit, logits_processor=_chosen(model, choose), **arguments)
+                             max_new_tokens=limit, logits_processor=_chosen(model, choose), **arguments,
+                             **_read_once(model, encoded, ids, mask))
     return [_ended(chat, row[width:].tolist()) for row in out]
+
+
+def _read_once(model: Any, encoded: Sequence[Sequence[int]], ids: Any, mask: Any) -> dict[str, Any]:
+    """For ``generate``: keys and values of prompts that stand in several rows, for each of which they are read once.
+
+    Args:
+        ids, mask: (rows, width), padded on the left. The last token of each row is left for ``generate`` to read.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    first: dict[tuple[int, ...], int] = {}
+    for row, prompt in enumerate(encoded):
+        first.setdefault(tuple(prompt), row)
+    if len(first) == len(encoded) or ids.shape[1] == 1 or decoding.unknown(model):
+        return {}
+    rows = torch.tensor([*first.values()], device=ids.device)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    places = (mask[rows].cumsum(1) - 1).clamp(min=0)[:, :-1]
+    model(input_ids=ids[rows, :-1], attention_mask=mask[rows, :-1], position_ids=places, past_key_values=cache,
+          use_cache=True, **decoders.last_position(model))
+    number = {row: n for n, row in enumerate(first.values())}
+    cache.reorder_cache(torch.tensor([number[first[tuple(prompt)]] for prompt in encoded], device=ids.device))
+    return {"past_key_values": cache}
 
 
 def _widest(device: Any) -> Any:

@@ -85,8 +85,8 @@ def refuse_occupied(run: RunDir, stage: str) -> None:
     places = [run.merged, run.ollama, run.report, run.html_report, run.answers, run.evaluated]
     if stage == "prepare":
         places += [run.data, run.checkpoints, run.adapter, run.sft_adapter, *run.start_adapters(), run.worse_adapter,
-                   run.train_settings, run.tune_settings, run.tuning, run.metrics, run.samples, run.reference, run.plot,
-                   run.tune_plot]
+                   run.train_settings, run.tune_settings, run.tuning, run.metrics, run.samples, run.rollouts,
+                   run.reference, run.plot, run.tune_plot]
         if not (run.root / ".lock").exists():  # else they can be of a preparation that failed
             places.append(run.refused_rows)
     if occupied := [str(path) for path in places if path.is_file() or _visible(path)]:

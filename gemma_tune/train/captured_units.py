@@ -14,7 +14,8 @@ from gemma_tune.train.buckets import Bucket
 from gemma_tune.train.captured import RowsBeside, filled, inputs_of, size_of
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.objectives import Answers
-from gemma_tune.train.preference_loss import PreferenceLoss, by_answer, has_pictures
+from gemma_tune.train.preference_loss import PreferenceLoss
+from gemma_tune.train.token_losses import by_answer, has_pictures
 
 
 @dataclass

@@ -10,6 +10,7 @@ as with TRL's ``mask_truncated_completions=False``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,24 +22,23 @@ from gemma_tune.base.words import counted, opening
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
-from gemma_tune.train.batches import trained_positions
 from gemma_tune.train.callbacks import write_last
+from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.plan import VALIDATED
 from gemma_tune.train.preference import without_dropout
 from gemma_tune.train.prompts import Prompts, collate_prompts, said
 from gemma_tune.train.rewards import Scorer, last_number
 from gemma_tune.train.rollouts import Rollout, Rollouts, to_learn
+from gemma_tune.train.token_losses import TokenLosses
 from gemma_tune.train.trainer import GemmaTrainer
 
 SILENT = 5  # steps in a row without two different rewards in any group after which that is told
 
 
 def pieces_of_answers(batch: dict[str, Any], rows: int) -> Iterator[dict[str, Any]]:
-    """The batch in parts of at most ``rows`` answers, each without the padding that it does not need."""
+    """The batch in parts of at most ``rows`` answers."""
     for start in range(0, len(batch["lengths"]), rows):
-        part = {name: batch[name][start:start + rows] for name in ("input_ids", "labels", "lengths", "advantages")}
-        longest = int(part["lengths"].max())
-        yield part | {name: part[name][:, :longest] for name in ("input_ids", "labels")}
+        yield {name: batch[name][start:start + rows] for name in ("rows", "groups", "lengths", "advantages")}
 
 
 def policy_loss(losses: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -76,6 +76,7 @@ class RewardTrainer(GemmaTrainer):
         self.settings, self.path = session.config, session.run.rollouts
         self.rollouts = Rollouts(self, chat, scorer, session.config.max_new_tokens)
         self.records, self._begun = list(earlier), False
+        self.token_losses = TokenLosses(self.accelerator.device, at_once=self.accelerator.device.type != "cpu")
         self._silent = 0  # steps so far without a reward that differs from others, since there was one
         without_dropout(self.causal_lm)
 
@@ -98,6 +99,14 @@ class RewardTrainer(GemmaTrainer):
                                f"have no number, and nothing is worth anything there, the first at "
                                f"{self.row_names(without[:1])[0]}")
 
+    def _compare(self, *args: Any, **kwargs: Any) -> None:
+        super()._compare(*args, **kwargs)
+        prompt, reference = (np.asarray(self.train_dataset[0][name]) for name in ("prompt", "reference"))
+        nothing = np.full(len(prompt), IGNORE_INDEX)
+        group = [{"input_ids": np.concatenate([prompt, answer]), "labels": np.concatenate([nothing, answer])}
+                 for answer in (reference, reference[::-1], reference[:1])]
+        self.token_losses.shares = self.token_losses.can_share(self, group)
+
     def _why_not_captured(self) -> str | None:
         return "answers that are sampled have other lengths in each step" if (
             self.accelerator.device.type == "cuda") else super()._why_not_captured()
@@ -115,7 +124,7 @@ class RewardTrainer(GemmaTrainer):
         answer = [longest["prompt"][0]] * self.settings.max_new_tokens
         rollout = Rollout(longest, [answer] * (rows + 1), np.zeros(rows + 1, bool), np.zeros((rows + 1, 0)),
                           np.arange(rows + 1.0), [""] * (rows + 1), "")
-        learned = {name: value[:rows] for name, value in to_learn([rollout]).items()}
+        learned = next(pieces_of_answers(to_learn([rollout]), rows))
         return self.timed(learned, len(answer)) / rows
 
     # ---- a step ------------------------------------------------------------------------------------------------------
@@ -141,14 +150,12 @@ class RewardTrainer(GemmaTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """What these answers add to the loss of the step (fp32 scalar)."""
-        positions, targets = trained_positions(inputs["labels"])
-        row = positions // inputs["labels"].shape[1]
         # What is looked at without having been sampled is an answer like any other.
-        advantages = inputs.get("advantages", torch.ones(len(inputs["labels"])))[row]
-        ids, positions, targets, advantages = (t.to(model.device, non_blocking=True) for t in (
-            inputs["input_ids"], positions, targets, advantages))
-        losses = model(input_ids=ids, positions=positions, targets=targets, each=True)["losses"]
-        return policy_loss(losses, advantages) / max(1, num_items_in_batch)
+        rows = inputs.get("rows", inputs.get("prompts"))
+        sizes = [len(list(group)) for _, group in itertools.groupby(inputs.get("groups", range(len(rows))))]
+        advantages = inputs.get("advantages", torch.ones(len(rows))).to(model.device, non_blocking=True)
+        losses = [policy_loss(losses, advantages[row]) for losses, row in self.token_losses.parts(model, rows, sizes)]
+        return torch.stack(losses).sum() / max(1, num_items_in_batch)
 
     def _halve_micro_batch(self, rows: int) -> None:
         self.rollouts.forget()

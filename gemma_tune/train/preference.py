@@ -15,15 +15,14 @@ from gemma_tune.train.batches import SortedBatches, collate, loader
 from gemma_tune.train.buckets import Buckets, costs_of, shapes_of_pieces
 from gemma_tune.train.captured import CapturedSteps, LearnedTokens
 from gemma_tune.train.captured_units import LearnedUnits
-from gemma_tune.train.packed import unpackable
-from gemma_tune.train.preference_loss import SUMS, PreferenceLoss, has_pictures
+from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
 from gemma_tune.train.reference import look_up
 from gemma_tune.train.shared_prompts import worth_sharing
+from gemma_tune.train.token_losses import has_pictures
 from gemma_tune.train.trainer import GemmaTrainer
 from gemma_tune.train.units import PAIR, Units, collate_units, pieces_of
 
 LESS_LIKELY = 0.1  # nats per token that chosen answers may lose before it is told
-_SAME = 0.02  # share of a log-probability, and of a nat per token, that two ways to compute it may differ by in bf16
 _LOOKED_AT = 64  # pairs among which one is looked for whose answers share a prompt
 
 
@@ -120,24 +119,11 @@ class PreferenceTrainer(GemmaTrainer):
         return compiled
 
     def _can_share(self) -> bool:
-        """Whether the model makes the same of two answers where their prompt goes through once; tried on a pair."""
-        # What is computed again in a backward pass would not know any more what attention keeps apart.
-        if self.preference.at_once or self.args.activation_checkpointing or unpackable(self.causal_lm):
-            return False
+        """Whether the model makes the same of two answers where their prompt goes through once."""
         units = (self.train_dataset[n]["sequences"] for n in range(min(_LOOKED_AT, len(self.train_dataset))))
-        rows = next((rows for rows in units if worth_sharing(rows) and not has_pictures(rows)), None)
-        if rows is None:
-            return False
-        with self.evaluating():
-            apart, tokens = self.preference.log_probabilities(self.model, rows)
-            self.preference.shares = True
-            try:
-                shared, _ = self.preference.log_probabilities(self.model, rows)
-            except RuntimeError:  # a layer's attention is of another kind
-                return False
-            finally:
-                self.preference.shares = False
-        return bool(((shared - apart).abs() <= _SAME * (apart.abs() + tokens)).all())
+        rows = next((rows for rows in units if len(rows) == PAIR and worth_sharing(rows, [PAIR])
+                     and not has_pictures(rows)), None)
+        return self.preference.can_share(self, rows)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 

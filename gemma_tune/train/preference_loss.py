@@ -6,20 +6,17 @@ the answer's loss asks for. So whole logits never exist, and a step costs what l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.encoding.eye import PICTURES
-from gemma_tune.train.attention import within
-from gemma_tune.train.batches import trained_positions
 from gemma_tune.train.looking import Shown
 from gemma_tune.train.objectives import Answers, ipo_loss, kto_loss, orpo_loss, sigmoid_loss
-from gemma_tune.train.shared_prompts import shared_rows, worth_sharing
-from gemma_tune.train.units import PAIR, together
+from gemma_tune.train.token_losses import TokenLosses, by_answer
+from gemma_tune.train.units import PAIR
 
 # Sums over units and answers that the log's figures are made of.
 SUMS = ("units", "good", "bad", "good_reward", "bad_reward", "won", "good_logp", "bad_logp", "good_tokens", "compared",
@@ -41,7 +38,7 @@ class PieceLoss:
     sums: torch.Tensor
 
 
-class PreferenceLoss:
+class PreferenceLoss(TokenLosses):
     """The losses of ``--method``.
 
     Args:
@@ -52,11 +49,12 @@ class PreferenceLoss:
 
     Attributes:
         divergence: KTO's z for the units that are worked on (scalar).
-        shares: sequences that begin alike go through the model as one, see :mod:`gemma_tune.train.shared_prompts`.
+        shares: see :class:`gemma_tune.train.token_losses.TokenLosses`.
     """
 
     def __init__(self, settings: TrainConfig, device: torch.device, at_once: bool, shown: Shown | None = None):
-        self.settings, self.device, self.at_once, self.shares, self.shown = settings, device, at_once, False, shown
+        super().__init__(device, at_once, shown)
+        self.settings = settings
         self.divergence = torch.zeros((), device=device)
 
     @property
@@ -117,9 +115,7 @@ class PreferenceLoss:
 
     def log_probabilities(self, model: Any, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the learned tokens of each sequence together: (rows,) fp32 in nats, and how many they are (rows,)."""
-        # A prompt that goes through once has no place for pictures, whose parts see each other.
-        shared = self.shares and not has_pictures(rows) and worth_sharing(rows)
-        parts = [*(self._shared if shared else self._apart)(model, rows)]
+        parts = [*self.parts(model, rows, [PAIR] * (len(rows) // PAIR))]
         if not parts:
             empty = torch.zeros(0, device=self.device)
             return empty, empty
@@ -127,38 +123,3 @@ class PreferenceLoss:
         logps, count = by_answer(loss, number, torch.ones_like(number), len(rows))
         # Where a process has no unit in a pass that all of them make, its loss is the zero that has a gradient.
         return (logps, count) if rows else (-loss, count)
-
-    def _apart(self, model: Any, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Losses of learned tokens (n,), and the numbers of their rows, by batches."""
-        for chosen, batch in together(rows, self.at_once):
-            positions, targets = trained_positions(batch["labels"])
-            row = positions // batch["labels"].shape[1]
-            ids, positions, targets = (t.to(self.device, non_blocking=True)
-                                       for t in (batch["input_ids"], positions, targets))
-            seen = {"seen": self.shown.inputs(batch["input_ids"], batch[PICTURES], self.device)} if (
-                self.shown and PICTURES in batch) else {}
-            yield (model(input_ids=ids, positions=positions, targets=targets, each=True, **seen)["losses"],
-                   torch.tensor(chosen or [0])[row].to(self.device, non_blocking=True))
-
-    def _shared(self, model: Any, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for row in shared_rows(rows):
-            with within(row.spans):
-                losses = model(input_ids=row.input_ids, position_ids=row.places, positions=row.positions,
-                               targets=row.targets, each=True)["losses"]
-            yield losses, row.sequence
-
-
-def has_pictures(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether any of these sequences has."""
-    return any(row.get(PICTURES) for row in rows)
-
-
-def by_answer(losses: torch.Tensor, answer: torch.Tensor, learned: torch.Tensor, count: int,
-              ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of answers (count,) and their learned tokens (count,), of the losses (n,) of tokens in nats.
-
-    Args:
-        answer: (n,) int64, whose token it is; ``learned`` (n,) int64 is 0 for one that only fills up.
-    """
-    zeros = losses.new_zeros(count)
-    return -zeros.index_add(0, answer, losses), torch.zeros_like(zeros, dtype=torch.long).index_add(0, answer, learned)

@@ -171,22 +171,27 @@ class Rollouts:
 
 
 def to_learn(found: Sequence[Rollout]) -> dict[str, Any]:
-    """Answers as rows of a training batch, the longest first; those of a group whose rewards are all the same, which
-    have no gradient, are left out.
+    """Answers as rows of a training batch, group by group, those with the longest first; groups whose rewards are all
+    the same, which have no gradient, are left out.
 
     Returns:
-        ``input_ids`` and ``labels`` (rows, length) int64, padded on the right, ``lengths`` (rows,) int64, and
-        ``advantages`` (rows,) fp32. Without any answer to learn from a row that teaches nothing.
+        ``rows``: ``input_ids`` and ``labels`` (length,) int64 of each answer behind its prompt; ``groups``, a number
+        for each that those to the same prompt share; ``lengths`` (rows,) int64, and ``advantages`` (rows,) fp32.
+        Without any answer to learn from a row that teaches nothing.
     """
-    rows = [(one.item["prompt"], ids, advantage) for one in found for ids, advantage in zip(
-        one.answers, one.advantages) if not one.tied]
-    rows.sort(key=lambda row: -len(row[0]) - len(row[1]))
-    rows = rows or [([0], [], 0.0)]
-    lengths = torch.tensor([len(prompt) + len(ids) for prompt, ids, _ in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    for n, (prompt, answer, _) in enumerate(rows):
-        ids[n, :lengths[n]] = torch.tensor([*prompt, *answer])
-        labels[n, len(prompt):lengths[n]] = torch.tensor(answer, dtype=torch.long)
-    return {"input_ids": ids, "labels": labels, "lengths": lengths,
-            "advantages": torch.tensor([advantage for *_, advantage in rows], dtype=torch.float32)}
+    rows, groups, advantages = [], [], []
+    for one in sorted(found, key=lambda one: -len(one.item["prompt"]) - max(map(len, one.answers))):
+        if one.tied:
+            continue
+        prompt = np.asarray(one.item["prompt"], np.int64)
+        for ids in one.answers:
+            answer = np.asarray(ids, np.int64)
+            rows.append({"input_ids": np.concatenate([prompt, answer]),
+                         "labels": np.concatenate([np.full(len(prompt), IGNORE_INDEX), answer])})
+        groups += [one.item["number"]] * len(one.answers)
+        advantages += one.advantages.tolist()
+    if not rows:
+        rows = [{"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}]
+        groups, advantages = [0], [0.0]
+    return {"rows": rows, "groups": groups, "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
+            "advantages": torch.tensor(advantages, dtype=torch.float32)}

@@ -1,12 +1,13 @@
-"""Pairs of sequences that begin alike, as one row in which the beginning is there once.
+"""Sequences that begin alike, such as those of a pair, as one row in which the beginning is there once.
 
 The answers of a pair follow the same prompt, and what a causal model makes of it does not depend on what follows. So a
-prompt goes through the model once instead of twice, forward and backward, and both answers see it, but not each other.
-Nothing is padded.
+prompt goes through the model once instead of twice, forward and backward, and both answers see it, but not each other;
+so it is with a group of answers that were sampled for a prompt. Nothing is padded.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from gemma_tune.train.attention import Span
 from gemma_tune.train.loss import IGNORE_INDEX
 
-# Tokens from which on no further pair is put into a row. Products are as fast with so many as with more, while a mask
+# Tokens from which on no further group is put into a row. Products are as fast with so many as with more, while a mask
 # that transformers makes for windows grows with the square.
 LONG = 1024
 _SAVES = 0.05  # share of the tokens from which on it is worth a row that other kernels see as one
@@ -25,12 +26,12 @@ _SAVES = 0.05  # share of the tokens from which on it is worth a row that other 
 
 @dataclass(frozen=True)
 class SharedRow:
-    """Pairs, one after the other; of each its beginning, the rest of the first sequence, that of the second.
+    """Groups, one after the other; of each its beginning, the rest of the first sequence, and those of the others.
 
     Attributes:
         input_ids, places: (1, length) int64, token ids and their places in their own sequences.
-        positions, targets: (n,) int64, where each learned token is predicted, and which it is. Where both sequences
-            of a pair learn the same token it is there twice.
+        positions, targets: (n,) int64, where each learned token is predicted, and which it is. Where several sequences
+            of a group learn the same token it is there as often.
         sequence: (n,) int64, the number of the sequence whose token that is.
         spans: what attention keeps apart.
     """
@@ -43,27 +44,36 @@ class SharedRow:
     spans: list[Span]
 
 
-def shared_rows(rows: Sequence[dict[str, Any]]) -> Iterator[SharedRow]:
-    """Sequences, of which each even one may begin like the next, as rows of :data:`LONG` tokens or somewhat more.
+def shared_rows(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> Iterator[SharedRow]:
+    """Sequences as rows of :data:`LONG` tokens or somewhat more.
 
     Args:
-        rows: of ``open_tokens``, an even number.
+        rows: of ``open_tokens``, those that may begin alike one after the other.
+        sizes: how many these are, of each group.
     """
     made = _Row()
-    for number in range(0, len(rows), 2):
+    for number, group in _groups(rows, sizes):
         if made.length >= LONG:
             yield made.finished()
             made = _Row()
-        made.add(number, rows[number], rows[number + 1])
+        made.add(number, group)
     if made.length:
         yield made.finished()
 
 
-def worth_sharing(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether sequences, taken in pairs, begin alike so far that it saves time."""
-    if not rows or len(rows) % 2:
+def _groups(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[dict[str, Any]]]]:
+    """The number of each group's first sequence, and its sequences."""
+    ends = list(itertools.accumulate(sizes))
+    for size, end in zip(sizes, ends):
+        yield end - size, rows[end - size:end]
+
+
+def worth_sharing(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> bool:
+    """Whether the sequences of each group begin alike so far that it saves time."""
+    if not rows or len(rows) != sum(sizes):
         return False
-    saved = sum(alike(a["input_ids"], b["input_ids"]) for a, b in zip(rows[0::2], rows[1::2]))
+    saved = sum(alike(group[0]["input_ids"], other["input_ids"]) for _, group in _groups(rows, sizes)
+                for other in group[1:])
     return saved >= _SAVES * sum(len(row["input_ids"]) for row in rows)
 
 
@@ -75,34 +85,34 @@ def alike(first: Any, second: Any) -> int:
 
 
 class _Row:
-    """A row that pairs are added to."""
+    """A row that groups are added to."""
 
     def __init__(self) -> None:
         self.length = 0
         self.spans: list[Span] = []
         self.parts: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "places", "where", "targets", "own")}
 
-    def add(self, number: int, first: dict[str, Any], second: dict[str, Any]) -> None:
-        """Two sequences; the first has this number."""
-        one, other = (np.asarray(row["input_ids"], np.int64) for row in (first, second))
-        begin, common = self.length, alike(one, other)
-        fork, branch = begin + common, begin + len(one)
-        end = branch + len(other) - common
-        self.spans.append(Span(slice(begin, branch), (slice(begin, branch),)))
-        if branch < end:
-            self.spans.append(Span(slice(branch, end), (slice(begin, fork), slice(branch, end))))
-        self._append("ids", one, other[common:])
-        self._append("places", np.arange(len(one)), np.arange(common, len(other)))
-        for sequence, row, rest in ((number, first, fork), (number + 1, second, branch)):
+    def add(self, number: int, group: Sequence[dict[str, Any]]) -> None:
+        """Sequences, the first of which has this number; each other one branches off from it."""
+        begin, one = self.length, np.asarray(group[0]["input_ids"], np.int64)
+        for sequence, row in enumerate(group, number):
+            ids = np.asarray(row["input_ids"], np.int64)
+            common = 0 if sequence == number else alike(one, ids)
+            branch, end = self.length, self.length + len(ids) - common
+            if branch < end:
+                before = [slice(begin, begin + common)] if common else []
+                self.spans.append(Span(slice(branch, end), (*before, slice(branch, end))))
+            self._append("ids", ids[common:])
+            self._append("places", np.arange(common, len(ids)))
             labels = np.asarray(row["labels"], np.int64)
             [learned] = np.nonzero(labels[1:] != IGNORE_INDEX)  # each is predicted one place before
-            self._append("where", np.where(learned < common, begin, rest - common) + learned)
+            self._append("where", np.where(learned < common, begin, branch - common) + learned)
             self._append("targets", labels[learned + 1])
             self._append("own", np.full(len(learned), sequence))
-        self.length = end
+            self.length = end
 
-    def _append(self, name: str, *more: np.ndarray) -> None:
-        self.parts[name] += more
+    def _append(self, name: str, more: np.ndarray) -> None:
+        self.parts[name].append(more)
 
     def finished(self) -> SharedRow:
         ids, places, where, targets, own = (torch.from_numpy(np.concatenate(part)) for part in self.parts.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -51,9 +53,16 @@ def by_hand(model, chat, prompt: list[int], own: torch.Tensor) -> list[int]:
     return ids[len(prompt):]
 
 
-def test_tokens_are_those_that_the_numbers_mean_whatever_else_is_in_the_batch(model, chat, way):
-    given = numbers(len(PROMPTS))
+def test_tokens_are_those_that_the_numbers_mean_whatever_else_is_in_the_batch(model, chat, way, monkeypatch):
+    given, read, theirs = numbers(len(PROMPTS)), [], model.forward
+
+    def forward(input_ids=None, **more):
+        read.extend([len(input_ids)] if input_ids.shape[1] > 1 else [])
+        return theirs(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(model, "forward", functools.wraps(theirs)(forward))
     together = drawn_tokens(model, chat, PROMPTS, given, MOST)
+    assert read == [3 if way == "generate" else 4], "the prompt that is there twice is read once"
     assert together == [by_hand(model, chat, prompt, own) for prompt, own in zip(PROMPTS, given)]
     assert together[1] != together[3], "the same prompt with other numbers"
     for row in (0, 3):

@@ -13,11 +13,13 @@ from trl.trainer.utils import nanstd
 
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.grpo import RewardTrainer, pieces_of_answers
+from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.memory import choose, estimate, sampled_at_once
 from gemma_tune.train.rollouts import Rollout, advantages, numbers_of, to_learn
 from gemma_tune.train.shape import shape_of
 from gemma_tune.train.summed_loss import install_summed_loss
+from gemma_tune.train.token_losses import TokenLosses
 
 GROUPS = [[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [0.2, 0.7, -3.0, 0.1]]
 
@@ -54,8 +56,8 @@ def theirs(trainer, found: list[Rollout]) -> tuple[float, dict[str, torch.Tensor
     return loss.item(), gradients(trainer.model)
 
 
-@pytest.mark.parametrize("at_once", [100, 3, 1])
-def test_the_loss_is_that_of_trl(tokenizer, tmp_path, at_once):  # noqa: F811
+@pytest.mark.parametrize(("pieces", "way"), [(100, "shared"), (100, "similar lengths"), (100, "one batch"), (3, "shared"), (1, "similar lengths")])
+def test_the_loss_is_that_of_trl(tokenizer, tmp_path, monkeypatch, pieces, way):  # noqa: F811
     from trl import GRPOConfig, GRPOTrainer
 
     found = rollouts()
@@ -68,11 +70,16 @@ def test_the_loss_is_that_of_trl(tokenizer, tmp_path, at_once):  # noqa: F811
     model = moved(adapted(tokenizer)).train()
     install_summed_loss(model.get_base_model())
     tokens = sum(len(ids) for one in found for ids in one.answers)
-    total = 0.0
-    for part in pieces_of_answers(to_learn(found), at_once):
-        loss = RewardTrainer.compute_loss(SimpleNamespace(), model, part, num_items_in_batch=tokens)
-        loss.backward()
-        total += loss.item()
+    token_losses, shared, total = TokenLosses(torch.device("cpu"), way == "one batch"), [], 0.0
+    token_losses.shares = way == "shared"
+    theirs_too = token_losses._shared
+    monkeypatch.setattr(token_losses, "_shared", lambda *given: shared.append(given[2]) or theirs_too(*given))
+    with fast_layers(model):
+        for part in pieces_of_answers(to_learn(found), pieces):
+            loss = RewardTrainer.compute_loss(SimpleNamespace(token_losses=token_losses), model, part, num_items_in_batch=tokens)
+            loss.backward()
+            total += loss.item()
+    assert shared == {(100, "shared"): [[4, 4]], (3, "shared"): [[3], [1, 2], [2]]}.get((pieces, way), [])
     same((total, gradients(model)), expected)
 
 
@@ -84,19 +91,18 @@ def test_advantages_are_told_within_a_group():
     assert advantages(np.array([1e-3, 0.0])).all(), "a small reward is one"
 
 
-def test_answers_of_tied_groups_are_not_learned_and_the_longest_come_first():
+def test_answers_of_tied_groups_are_not_learned():
     found = rollouts()
     learned = to_learn(found)
     assert len(learned["lengths"]) == 8 and found[1].tied
-    lengths = learned["lengths"].tolist()
-    assert lengths == sorted(lengths, reverse=True)
-    rows = {(tuple(one.item["prompt"]), tuple(ids)): advantage for one in found for ids, advantage in zip(one.answers, one.advantages)}
-    for ids, labels, length, advantage in zip(*(learned[name] for name in ("input_ids", "labels", "lengths", "advantages"))):
-        start = int((labels == IGNORE_INDEX)[:length].sum())
-        assert (labels[start:length] == ids[start:length]).all() and (labels[length:] == IGNORE_INDEX).all()
-        assert rows[tuple(ids[:start].tolist()), tuple(ids[start:length].tolist())] == pytest.approx(advantage.item(), rel=1e-6)
+    assert learned["groups"] == [2] * 4 + [0] * 4, "that with the longest first"
+    rows = [(one, ids, advantage) for one in (found[2], found[0]) for ids, advantage in zip(one.answers, one.advantages)]
+    for row, length, advantage, (one, ids, own) in zip(learned["rows"], learned["lengths"], learned["advantages"], rows, strict=True):
+        prompt = one.item["prompt"]
+        assert row["input_ids"].tolist() == [*prompt, *ids] and len(row["input_ids"]) == length
+        assert row["labels"].tolist() == [IGNORE_INDEX] * len(prompt) + ids and advantage.item() == pytest.approx(own, rel=1e-6)
     nothing = to_learn(found[1:2])
-    assert nothing["labels"].eq(IGNORE_INDEX).all() and nothing["lengths"].tolist() == [1]
+    assert nothing["rows"][0]["labels"].tolist() == [IGNORE_INDEX] and nothing["lengths"].tolist() == [1]
 
 
 def test_numbers_follow_from_seed_step_and_prompt_alone():
