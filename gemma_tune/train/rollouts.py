@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Rollout:
         ended: bool for each.
         scores: (answers, rewards), without weights.
         rewards: (answers,) their sums by weight.
+        texts: what each says; ``reference``, what the row does.
     """
 
     item: dict[str, Any]
@@ -106,13 +107,11 @@ class Rollouts:
                   ) -> list[Rollout]:
         encoded = [item["prompt"] for item in items for _ in range(group)]
         tokens = self._tokens(encoded, numbers)
-        found = []
-        for n, item in enumerate(items):
-            answers = tokens[n * group:(n + 1) * group]
-            found.append(self._scored(prompts, item, answers))
+        found = [self._said(item, tokens[n * group:(n + 1) * group]) for n, item in enumerate(items)]
         return self._with_scores(prompts, found)
 
-    def _scored(self, prompts: Prompts, item: dict[str, Any], answers: list[list[int]]) -> Rollout:
+    def _said(self, item: dict[str, Any], answers: list[list[int]]) -> Rollout:
+        """The answers as texts, which are not scored yet."""
         ended = np.array([bool(ids) and ids[-1] in self.chat.stop_ids for ids in answers])
         none = np.zeros((len(answers), 0))
         return Rollout(item, answers, ended, none, none, [said(self.chat, item["prompt"], ids) for ids in answers],
@@ -128,9 +127,8 @@ class Rollouts:
         scores = self.scorer.scores(asked)
         rewards = scores @ self.scorer.weights
         ends = np.cumsum([len(one.answers) for one in found])
-        return [Rollout(one.item, one.answers, one.ended, scores[end - len(one.answers):end],
-                        rewards[end - len(one.answers):end], one.texts, one.reference)
-                for one, end in zip(found, ends)]
+        parts = [slice(end - len(one.answers), end) for one, end in zip(found, ends)]
+        return [replace(one, scores=scores[part], rewards=rewards[part]) for one, part in zip(found, parts)]
 
     def _tokens(self, encoded: Sequence[Sequence[int]], numbers: torch.Tensor | None) -> list[list[int]]:
         """What the model writes after each of these prompts, in batches of similar lengths."""

@@ -49,6 +49,19 @@ def drawn(screen, found: Course, width: int, **more) -> list[str]:
     return written(file).splitlines()
 
 
+def test_a_training_from_rewards_shows_them(screen):
+    found = Course([{"step": 0, "steps": 64, "eval_reward": 0.2}])
+    for number in range(1, 9):
+        found.add(step(number, 1e-9, reward=number / 10, frac_reward_zero_std=0.375, **{
+            "completions/mean_length": 21.4, "completions/clipped_ratio": 0.0}))
+    for number, reward in ((8, 0.7), (9, 0.6)):
+        found.add({"step": number, "steps": 64, "eval_reward": reward})
+    _, reward, validation, speed = drawn(screen, found, 120)
+    assert re.fullmatch(r"    reward 0\.800 ▲  ▁[▁▂▃▄▅▆▇█]+█", reward) and found.best == (8, 0.7)
+    assert re.fullmatch(r"validation 0\.600 ▼  ▁█▇  highest 0\.700 after step 8", validation)
+    assert speed.startswith("     speed 21 tokens an answer · 38% of the groups had one reward · 212 tok/s")
+
+
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_what_is_shown_of_a_training(screen, width):
     bar, loss, validation, speed = drawn(screen, course(), width)

@@ -160,6 +160,19 @@ def test_only_what_chance_does_not_explain_is_harm(records, harm):
     assert (found is not None and is_harm(found)) == harm
 
 
+def rewards(*pairs: tuple[int, float], prompts: int = 64, spread: float = 0.5) -> list[dict]:
+    return [{"step": step, "eval_reward": value, "eval_reward_std": spread, "eval_prompts": prompts} for step, value in pairs]
+
+
+@pytest.mark.parametrize(("records", "harm", "figures"), [
+    (rewards((0, 0.5), (9, 0.2)), True, "validation reward 0.5 before, 0.2 after"), (rewards((0, 0.5), (9, 0.4)), False, "0.4 after"),
+    (rewards((0, 0.5), (9, 0.4), prompts=4000), True, "0.4 after"), (rewards((0, 0.5), (9, 0.5)), None, ""), (rewards((0, 0.5), (9, 0.9)), None, ""),
+    ([{"step": n, "epoch": n, "loss": 0.0, "reward": 0.9 if n < 6 else 0.1} for n in range(1, 13)], True, "training reward 0.9 before, 0.1 after")])
+def test_a_reward_that_falls_by_more_than_chance_is_harm(records, harm, figures):
+    found = rose(records)
+    assert (found and is_harm(found)) == harm and (not found or figures in found.figures)
+
+
 def test_a_training_loss_is_told_where_both_sides_have_the_same_rows_or_enough_steps():
     assert changes(steps_of(2, 1.6, 3.3)) == [] and changes(losses(*[2.0] * 7)) == []
     [found] = changes(steps_of(3, 3.0, 2.0, 1.0, 2.0, 1.5, 1.0, 1.0, 0.5, 0.0))
