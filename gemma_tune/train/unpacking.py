@@ -44,7 +44,8 @@ class Room:
 
     def _place(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         if self._numbers.dtype != dtype or len(self._numbers) < shape.numel():
-            self._numbers = torch.empty(shape.numel(), dtype=dtype)
+            with torch.inference_mode(False):  # what is made there can be written to nowhere else
+                self._numbers = torch.empty(shape.numel(), dtype=dtype)
         return self._numbers[:shape.numel()].view(shape)
 
 

@@ -43,6 +43,13 @@ def test_the_next_weight_takes_the_place_of_the_last():
     assert found.data_ptr() == large.data_ptr() and torch.equal(found, functional.dequantize_4bit(weight, state))
 
 
+def test_a_place_that_answers_have_made_serves_training():
+    room, (weight, state) = Room(), packed(203, 128)
+    with torch.inference_mode():
+        room.unpacked(weight, state)
+    assert torch.equal(room.unpacked(weight, state), functional.dequantize_4bit(weight, state))
+
+
 @pytest.mark.parametrize(("rows", "width"), [(40, 128), (203, 96)], ids=["small", "scales across rows"])
 def test_other_weights_are_left_to_bitsandbytes(rows, width):
     room, (weight, state) = Room(), packed(rows, width)

@@ -66,6 +66,8 @@ def mixed(pieces: Iterable[bytes], east_asian: Callable[[bytes], str | None]) ->
         else:
             good += 1
             sure += sum(char > "\x7f" for char in text) >= _SURE
+    if not others:
+        return None
     encoding = east_asian(sample)
     if (sure if encoding else good) <= _LEAST * len(others):
         return None

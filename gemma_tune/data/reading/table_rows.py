@@ -83,7 +83,12 @@ def csv_blocks(source: Source, size: int = BLOCK, listener: Listener | None = No
 
 def _is_again(cells: Sequence[str], header: Sequence[str]) -> bool:
     """Whether a row says what the header does; of one column alone that may be a text."""
-    return len(header) > 1 and all(cell.strip("\ufeff \t") == name for cell, name in zip(cells, header))
+    return len(header) > 1 and all(map(str.__eq__, map(_bare, cells), map(_bare, header)))
+
+
+def _bare(cell: str) -> str:
+    """A name as it stands also behind another file's byte order mark, where quotes around it are taken for text."""
+    return cell.strip().removeprefix("\ufeff").strip().strip('"')
 
 
 def _warn_of_swallowed(name: str, places: Sequence[str], listener: Listener) -> None:

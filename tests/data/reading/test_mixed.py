@@ -44,7 +44,16 @@ def test_what_happens_to_be_utf_8_does_not_make_a_file_one_of_several_encodings(
     assert mixed([b"q,a\n", "Tür\n".encode("cp1252")], east_asian) is None
 
 
-@pytest.mark.parametrize("again", ["q,a", "\ufeffq,a", '"q","a"', "q , a"])
+def test_a_file_that_is_all_utf_8_is_not_of_several_encodings(monkeypatch, tmp_path):
+    """Where another one is named, and the beginning does not say that it is wrong."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("q,a\nTür,x\n", encoding="utf-8")
+    with pytest.raises(UserError, match="not ascii text") as raised:
+        rows_of("rows.csv", encoding="ascii")
+    assert raised.value.hint == "name another one with --encoding, or leave it out for UTF-8"
+
+
+@pytest.mark.parametrize("again", ["q,a", "\ufeffq,a", '"q","a"', '\ufeff"q","a"', "q , a", "q\u3000,a"])
 def test_a_header_that_stands_there_again_is_no_row_to_learn(monkeypatch, tmp_path, again):
     monkeypatch.chdir(tmp_path)
     Path("rows.csv").write_text(f"q,a\n1,2\n{again}\n3,4\n")
