@@ -158,12 +158,23 @@ def _no_run(root: Path, wanted: str | None) -> UserError:
     """What to say where there is no run; also of models that are none to begin one with, as they came of another."""
     if wanted:
         folder = Path(os.path.expanduser(wanted))
+        own = next(filter(_is_run, (folder, folder.parent)), None)
+        hint = f"name that one: --run {shell.quote(str(own))}" if own else ""
+        said = "is one" if own == folder else "lies in one"
         if (folder / ADAPTER_CONFIG).is_file():
-            return UserError(f"{root} is not a run yet, and {wanted} is an adapter", what_else(folder))
-        if (folder.parent / "manifest.json").is_file():
-            return UserError(f"{root} is not a run yet, and {wanted} lies in one",
-                             f"name that one: --run {shell.quote(str(folder.parent))}")
+            said = f"is an adapter{' of one' if own else ''}"
+            hint = "; or ".join(filter(None, [hint, what_else(folder)]))
+        if hint:
+            return UserError(f"{root} is not a run yet, and {wanted} {said}", hint)
     return no_run(root, *(("--model", wanted) if wanted else ()))
+
+
+def _is_run(root: Path) -> bool:
+    """Whether a directory is a run; other programs have manifests of this name as well."""
+    try:
+        return current_manifest(root) is not None
+    except UserError:
+        return False
 
 
 def base_moved(root: Path, recorded: Mapping[str, Any]) -> UserError | None:

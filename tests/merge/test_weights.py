@@ -379,10 +379,22 @@ def test_what_came_of_a_run_is_no_model_to_name_instead(cli, trained, command):
     adapter = trained / "tiny-gemma_lora_adapter"
     result = cli(command, "--model", adapter)
     assert result.code == 2 and f"`gemma-tune merge --run runs/{adapter.name} --adapter {adapter}`" in result.err
+    assert f"Hint: name that one: --run {trained}; or " in result.err
     merged = trained / "tiny-gemma_lora_merged"
     merged.mkdir()
-    result = cli(command, "--model", merged)
-    assert result.code == 2 and result.err.endswith(f"Hint: name that one: --run {trained}\n"), result.err
+    run = trained.rename("elsewhere")
+    for model in (run / merged.name, run):
+        result = cli(command, "--model", model)
+        assert result.code == 2 and result.err.endswith(f"Hint: name that one: --run {run}\n"), result.err
+
+
+def test_a_model_beside_another_programs_manifest_lies_in_no_run(cli, tiny):
+    Path("models").mkdir()
+    Path("models/manifest.json").write_text('{"name": "x"}')
+    shutil.copytree(tiny, "models/gemma")
+    result = cli("chat", "--model", "models/gemma", "--prompt", "a")
+    assert result.code == 2 and result.err.endswith(
+        "Hint: start it: gemma-tune prepare YOUR.jsonl --run runs/gemma --model models/gemma\n"), result.err
 
 
 def test_a_run_in_the_place_of_its_adapter_is_told_with_the_adapter(cli, trained, tiny, tmp_path):

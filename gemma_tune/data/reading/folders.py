@@ -52,7 +52,7 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
         UserError: there are none, or a part of the directory cannot be read, or it is not clear which split is meant;
             or it is a run's.
     """
-    _refuse_run(folder)
+    _refuse_run(folder, keep)
     there = sorted(_below(folder, keep))
     data = data_among(there, how)
     if not data:
@@ -77,7 +77,7 @@ def data_files(folder: Path, keep: Path, listener: Listener, how: How = UNSAID, 
     return taken
 
 
-def _refuse_run(folder: Path) -> None:
+def _refuse_run(folder: Path, keep: Path) -> None:
     """A run is named behind --run, and holds much beside its rows that looks like data.
 
     Raises:
@@ -88,6 +88,9 @@ def _refuse_run(folder: Path) -> None:
     except (OSError, ValueError):
         return
     if isinstance(manifest, dict) and {"gemma_tune", "stages"} <= manifest.keys():
+        if keep.parent.resolve() == folder.resolve():
+            raise UserError(f"{folder} is this run itself, and no data",
+                            "name the files in it that are data, each by its own name")
         rows = folder / "data" / "train.jsonl"
         again = f"; to prepare its rows for another run, name them: {shell.quote(str(rows))}" if rows.exists() else ""
         raise UserError(f"{folder} is a run, and no data",

@@ -513,6 +513,9 @@ def test_a_run_is_no_data(tree):
                           "data/runs/x/data/train.jsonl")
     Path("data/runs/x/data/train.jsonl").unlink()
     assert refused("data/runs/x").hint.endswith("--run data/runs/x")
+    with pytest.raises(UserError, match="data/runs/x is this run itself, and no data") as own:
+        find_sources(["data/runs/x"], Path("data/runs/x/inputs"))
+    assert own.value.hint == "name the files in it that are data, each by its own name"
 
 
 def test_globs_leave_out_what_runs_wrote(tree):
