@@ -114,7 +114,8 @@ def _yaml_problems(content: Mapping[str, Any]) -> Iterator[str]:
         elif section is None:  # all its settings are commented out
             continue
         elif not isinstance(section, dict):
-            yield f"{key}: expected settings below it, found {shown(section)}"
+            yield (f"{key}: expected settings below it, found {shown(section)}"
+                   f"{full_width(section) if isinstance(section, str) else ''}")
         else:
             known, kinds = {f.name: f for f in dataclasses.fields(CONFIGS[key])}, types_of(CONFIGS[key])
             for name, value in section.items():

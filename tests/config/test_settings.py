@@ -349,6 +349,7 @@ def test_an_empty_file_sets_nothing(text):
                                          "between several"]),
     ("prepare: {format: chatml}", ["prepare.format: 'chatml' is not one of messages, alpaca, sharegpt"]),
     ("prepare: {on_long：split: 1}", ["prepare.on_long：split: unknown setting; `：` is not `:`"]),
+    ("train:\n  epochs：3", ["train: expected settings below it, found 'epochs：3'; `：` is not `:`"]),
     ("prepare:\n\u3000\u3000data: a.jsonl", ["\u3000\u3000data: unknown section; `\u3000` is not ` `"]),
     ("prepare: {seed: 4294967296}", ["prepare.seed: 4294967296 is above the largest possible 4294967295"]),
     ("export-ollama: {name: no}", ["export-ollama.name: expected text, found False"]),
