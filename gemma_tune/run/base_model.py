@@ -163,7 +163,7 @@ def _no_run(root: Path, wanted: str | None) -> UserError:
         said = "is one" if own == folder else "lies in one"
         if (folder / ADAPTER_CONFIG).is_file():
             said = f"is an adapter{' of one' if own else ''}"
-            hint = "; or ".join(filter(None, [hint, what_else(folder)]))
+            hint = "; or, as ".join(filter(None, [hint, what_else(folder)]))
         if hint:
             return UserError(f"{root} is not a run yet, and {wanted} {said}", hint)
     return no_run(root, *(("--model", wanted) if wanted else ()))

@@ -379,7 +379,7 @@ def test_what_came_of_a_run_is_no_model_to_name_instead(cli, trained, command):
     adapter = trained / "tiny-gemma_lora_adapter"
     result = cli(command, "--model", adapter)
     assert result.code == 2 and f"`gemma-tune merge --run runs/{adapter.name} --adapter {adapter}`" in result.err
-    assert f"Hint: name that one: --run {trained}; or " in result.err
+    assert f"Hint: name that one: --run {trained}; or, as it is an adapter: " in result.err
     merged = trained / "tiny-gemma_lora_merged"
     merged.mkdir()
     run = trained.rename("elsewhere")
