@@ -85,9 +85,9 @@ class Session:
         return {name: entry["value"] for name, entry in record["config"].items()}
 
 
-def open_session(stage: str, run: str | Path | None = None, *, model: str | None = None, revision: str | None = None,
-                 config: Mapping[str, Any] | str | Path | None = None, listener: Listener | None = None,
-                 force: bool = False, **settings: Any) -> Session:
+def open_session(stage: str, run: str | Path | None = None, *, model: str | Path | None = None,
+                 revision: str | None = None, config: Mapping[str, Any] | str | Path | None = None,
+                 listener: Listener | None = None, force: bool = False, **settings: Any) -> Session:
     """Find the run, its model and the settings of a stage; those that are not given are as they were given before.
 
     Args:
@@ -112,6 +112,7 @@ def open_session(stage: str, run: str | Path | None = None, *, model: str | None
     _refuse_unknown(cls, settings)
     refuse_no_names({"run": run, "model": model, "revision": revision})
     run, model, revision = run or content.get("run"), model or content.get("model"), revision or content.get("revision")
+    model = os.fspath(model) if model else None
     # Settings are checked before a model is looked for, which can mean a download.
     named = named_model(resolve(cls, settings, content.get(stage)).config, run, model, revision)
     starts = stage == "prepare" or bool(named.adapter)

@@ -275,8 +275,11 @@ def test_python_is_told_of_settings_that_there_are_not(tiny):
 @pytest.mark.parametrize("data", [Path("my, rows.jsonl"), [Path("my, rows.jsonl")]])
 def test_python_may_name_paths_as_paths(tiny, data):
     write_rows(Path("my, rows.jsonl"), rows(4))
-    session = open_session("prepare", Path("runs/paths"), model=str(tiny), data=data, valid=Path("held.jsonl"))
+    session = open_session("prepare", Path("runs/paths"), model=tiny, data=data, valid=Path("held.jsonl"))
     assert (session.config.data, session.config.valid) == (("my, rows.jsonl",), "held.jsonl")
+    for model in (tiny, Path("models/gone")):
+        with pytest.raises(UserError, match="is not a run yet"):
+            open_session("train", model=model)
 
 
 @pytest.mark.parametrize("stage, meant", [("export", "export-ollama"), ("export_ollama", "export-ollama"), ("evaluate", "eval")])
