@@ -128,8 +128,8 @@ def test_an_evaluation_reads_a_batch_when_its_turn_comes(cli, prepared, monkeypa
 
 
 def test_a_training_that_changed_nothing_is_told_the_rate_of_its_method(cli, prepared):
-    result = cli("train", *FLAGS[2:6], "--epochs", 1, "--learning-rate", 1e-8, "--json")
-    assert result.code == 1 and "a learning rate of 1e-08 is too small" in result.json["error"]["message"], result.err
+    result = cli("train", *FLAGS[2:6], "--epochs", 1, "--learning-rate", 1e-12, "--json")
+    assert result.code == 1 and "a learning rate of 1e-12 is too small" in result.json["error"]["message"], result.err
     assert result.json["error"]["hint"] == "train again with --learning-rate 5e-05"
 
 
