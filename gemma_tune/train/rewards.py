@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import regex
 
+from gemma_tune.base.errors import WorkFailed
+from gemma_tune.base.words import shown
 from gemma_tune.config.rewards import Reward
 from gemma_tune.measure.texts import chrf, plain_text, same_text
+from gemma_tune.train.last_number import last_number
 from gemma_tune.train.reward_program import RewardProgram
 
-# A number as people write it: thousands in groups of three, a fraction or decimals. A hyphen between two words or
-# numbers is no sign.
-_NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[/⁄]\d+)?")
-_AS_PYTHON = str.maketrans({",": None, "−": "-", "⁄": "/"})
-_LONGEST = 1000  # characters of one that is read as such
-
+MOST_SECONDS = 10.0  # that a pattern is looked for in one answer
 
 @dataclass(frozen=True)
 class Scored:
@@ -39,19 +35,6 @@ class Scored:
     reference: str
     ended: bool
     tools: Sequence[dict[str, Any]] | None = None
-
-
-def last_number(text: str) -> Fraction | None:
-    """The value of the last number in a text; None where there is none, or only one divided by zero.
-
-    >>> last_number("so 1,200 - 3 = 1,197."), last_number("about 3/4"), last_number("minus -0.50"), last_number("no")
-    (Fraction(1197, 1), Fraction(3, 4), Fraction(-1, 2), None)
-    """
-    found = _NUMBER.findall(unicodedata.normalize("NFKC", text))
-    if not found or len(found[-1]) > _LONGEST:
-        return None
-    number, _, below = found[-1].translate(_AS_PYTHON).partition("/")
-    return Fraction(number) / int(below or 1) if int(below or 1) else None
 
 
 def _number(one: Scored) -> float:
@@ -72,7 +55,17 @@ def _refuse(name: str) -> None:
 
 
 def _contains(one: Scored) -> float:
-    return float(plain_text(one.reference) in plain_text(one.answer))
+    wanted = plain_text(one.reference)
+    return float(bool(wanted) and wanted in plain_text(one.answer))
+
+
+def _found(pattern: regex.Pattern, answer: str) -> float:
+    try:
+        return float(pattern.search(answer, timeout=MOST_SECONDS) is not None)
+    except TimeoutError as e:
+        raise WorkFailed(f"--reward regex:{pattern.pattern} was looked for over {MOST_SECONDS:g} seconds in the answer "
+                         f"{shown(answer)}", "write it without choices that match the same, and without a repetition "
+                         "in what is repeated; a training with it starts anew") from e
 
 
 _PLAIN: dict[str, Callable[[Scored], float]] = {
@@ -107,8 +100,8 @@ class Scorer:
             self._programs.append(program)
             return lambda all_of_them: program.scores([_as_json(one) for one in all_of_them])
         if reward.kind == "regex":
-            pattern = re.compile(reward.argument)
-            return lambda all_of_them: [float(pattern.search(one.answer) is not None) for one in all_of_them]
+            pattern = regex.compile(reward.argument)
+            return lambda all_of_them: [_found(pattern, one.answer) for one in all_of_them]
         score = _PLAIN[reward.kind]
         return lambda all_of_them: [score(one) for one in all_of_them]
 
@@ -116,7 +109,7 @@ class Scorer:
         """Of each answer by each reward (answers, rewards), float64, without their weights.
 
         Raises:
-            WorkFailed: a program did not say what an answer is worth.
+            WorkFailed: a program did not say what an answer is worth, or a pattern was looked for too long.
         """
         found = [score(answers) for score in self._of]
         return np.array(found, np.float64).reshape(len(self.rewards), len(answers)).T
@@ -134,7 +127,7 @@ class Scorer:
 
 
 def _as_json(one: Scored) -> str:
-    """What a program reads of an answer, on one line."""
+    """What a program reads of an answer, on one line, in ASCII: it may read as its locale does."""
     value = {"prompt": list(one.messages), **({"tools": list(one.tools)} if one.tools else {}),
              "answer": one.answer, "reference": one.reference, "ended": one.ended}
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value)

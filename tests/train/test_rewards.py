@@ -6,14 +6,16 @@ import json
 import os
 import sys
 import time
+from fractions import Fraction
 
 import pytest
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.config.rewards import problems_of, read
-from gemma_tune.train import reward_program
+from gemma_tune.train import reward_program, rewards
+from gemma_tune.train.last_number import last_number
 from gemma_tune.train.reward_program import RewardProgram, refuse_missing
-from gemma_tune.train.rewards import Scored, Scorer, last_number
+from gemma_tune.train.rewards import Scored, Scorer
 
 PROMPT = [{"role": "user", "content": "How many? 多少"}]
 # Reads all lines before it writes any number, writes to standard error as well, and says what it was given.
@@ -46,7 +48,7 @@ def score(reward: str, *answers: Scored) -> list[float]:
     ("number", "twelve", "twelve", 0), ("number", "is 3/4", "0.75", 1), ("number", "$-0.50", "-1/2", 1), ("number", "5-3", "3", 1),
     ("number", "１２", "12", 1), ("number", "1/0", "1/0", 0), ("json", '{"a": [1, 2]}\n', "", 1), ("json", "{'a': 1}", "", 0), ("json", "", "", 0),
     ("json", "[NaN]", "", 0), ("json", "```json\n{}\n```", "", 0), ("json", "[" * 100_000, "", 0), ("regex:^\\d{1,3}$", "123", "", 1),
-    ("regex:^\\d{1,3}$", "1234", "", 0), ("chrf", "It rains.", "It rains.", 1), ("chrf", "xyz", "It rains.", 0)])
+    ("regex:^\\d{1,3}$", "1234", "", 0), ("contains", "anything", " ", 0), ("chrf", "It rains.", "It rains.", 1), ("chrf", "xyz", "It rains.", 0)])
 def test_rewards_of_an_answer(reward, answer, reference, expected):
     assert score(reward, scored(answer, reference)) == [expected]
 
@@ -66,7 +68,21 @@ def test_several_rewards_have_columns_and_weights():
         assert scorer.scores([]).shape == (0, 3)
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "1," * 3000 + "x", "-" * 5000, "1/" + "9" * 5000])
+@pytest.mark.parametrize(("text", "value"), [
+    ("25 m²", 25), ("5 m2", 5), ("25 m^2", 25), ("5 m s^{-1}", 5), ("x_1 = 3, so x_2", 3), ("CO₂", None), ("v1.5", None),
+    ("2½", Fraction(5, 2)), ("-2 ¾", Fraction(-11, 4)), ("⅓", Fraction(1, 3)), ("1 1/2", Fraction(3, 2)),
+    ("1.5e3", 1500), ("so 2.5E+3 J.", 2500), ("1e5.", 10**5), ("6.02 × 10^23", 602 * 10**21), (r"2 \times 10^{-3}", Fraction(1, 500)),
+    ("10²³", 10**23), ("5 x 10⁻¹", Fraction(1, 2)), ("2^10", 1024), ("2^0.5", None), ("0^-1", None), ("10^999999999999", None),
+    ("1e999999999999", None), ("-$5", -5), ("-¥5", -5), (r"−\$ 5", -5), ("￥５", 5), ("－５．５", Fraction(-11, 2)), ("答案是-5", -5),
+    ("50%-60%", 60), ("50 %", 50), (r"\frac{3}{4}", Fraction(3, 4)), (r"-\dfrac{3}{4}", Fraction(-3, 4)), (r"3\frac{1}{2}$", Fraction(7, 2)),
+    ("1 200", 1200), ("1\u202f200\u202f000.5", Fraction(2400001, 2)), ("1{,}200", 1200), ("１，２００", 1200), ("1 2005", 2005),
+    ("12,34", Fraction(617, 50)), ("0,125", Fraction(1, 8)), ("1,2,3", 3), ("**-5**", -5), ("_5_", 5), ("3rd", 3)])
+def test_the_last_number(text, value):
+    assert last_number(text) == value
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "1," * 3000 + "x", "-" * 5000, "1/" + "9" * 5000, "1 200 " * 3000, "-$ " * 3000,
+                                  "1e" + "9" * 5000, "9" * 900 + "^9", "a^{" * 3000, "1²" * 3000, "a" + "9" * 5000 + ".5"])
 def test_absurd_numbers_take_no_time(text):
     began = time.monotonic()
     last_number(text)
@@ -85,6 +101,13 @@ def test_rewards_that_are_none(written, problem):
 def test_a_reward_that_is_there_twice():
     assert "is there twice" in problems_of(["exact", "exact=2"])[0]
     assert problems_of(["regex:a", "regex:b"]) == []
+
+
+def test_a_pattern_that_takes_for_ever_ends_with_its_name(monkeypatch):
+    monkeypatch.setattr(rewards, "MOST_SECONDS", 0.2)
+    with pytest.raises(WorkFailed) as failed:
+        score("regex:(a|[^b]|.)*zzz$", scored("zzz" + "a" * 60))
+    assert "--reward regex:(a|[^b]|.)*zzz$ was looked for over 0.2 seconds in the answer 'zzzaaaa" in failed.value.message
 
 
 # ---- programs
