@@ -12,7 +12,6 @@ import typer
 from rich.markup import escape
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.config import rewards
 from gemma_tune.config import stages as c
 
 
@@ -58,11 +57,6 @@ def _columns(values: Optional[list[str]]) -> Optional[list[str]]:
     """ROLE=COLUMN, several times or with commas between; a column's own commas stay."""
     parts = [part.strip(" ,") for value in values or () for part in re.split(r",(?=\s*[A-Za-z_]+=)", value)]
     return parts or None
-
-
-def _rewards(values: Optional[list[str]]) -> Optional[list[str]]:
-    """Rewards, several times or with commas between; those of patterns and commands stay."""
-    return rewards.apart(values or ()) or None
 
 
 def _joined_lower(values: Optional[list[str]]) -> Optional[str]:
@@ -146,7 +140,7 @@ Preview = Annotated[int, typer.Option("--preview", min=0, metavar="N", show_defa
 SplitSeed = Annotated[Optional[int], _of(c.PrepareConfig, "seed")]
 
 Method = Annotated[Optional[str], _of(c.TrainConfig, "method")]
-Reward = Annotated[Optional[list[str]], _of(c.TrainConfig, "reward", metavar="REWARDS", callback=_rewards)]
+Reward = Annotated[Optional[list[str]], _of(c.TrainConfig, "reward", metavar="REWARDS")]
 Answers = Annotated[Optional[int], _of(c.TrainConfig, "answers", metavar="N")]
 SampledTokens = Annotated[Optional[int], _of(c.TrainConfig, "max_new_tokens")]
 Beta = Annotated[Optional[float], _of(c.TrainConfig, "beta")]

@@ -19,12 +19,13 @@ class MethodConfig:
                                  "`kto` to prefer some answers to others, with `grpo` from rewards (--reward) of "
                                  "answers that the model samples itself. `auto` goes by the data: conversations sft, "
                                  "pairs dpo, answers that are good or bad kto.", choices=METHODS, group="common")
-    reward: tuple[str, ...] = option((), "What GRPO scores answers by, separated by commas, each perhaps with a "
-                                         "weight, such as exact=1,json=0.5. Against the row's own answer: `exact`, "
-                                         "`contains`, `number` (the last one in it), `chrf`; of the answer alone: "
-                                         "`json`, `ended`, `regex:PATTERN`. `command:PROGRAM ARGS` asks a program of "
-                                         "yours.",
-                                     auto="none")
+    reward: tuple[str, ...] = option((), "What GRPO scores answers by, with commas between or given several times, "
+                                         "each perhaps with a weight, such as exact=1,json=0.5. Against the row's own "
+                                         "answer: `exact`, `contains`, `number` (the last one in it), `chrf`; of the "
+                                         "answer alone: `json`, `ended`, `regex:PATTERN`. `command:PROGRAM ARGS` asks "
+                                         "a program of yours. A pattern or program goes on to the end of what the "
+                                         "option is given, its weight stands before it, as in regex=0.5:PATTERN.",
+                                     auto="none", apart=rewards.apart)
     answers: int = option(8, "Answers that GRPO samples for each prompt; they are compared with each other.", least=2,
                           most=64)
     max_new_tokens: int = option(256, "Longest answer in tokens that GRPO samples.", least=1, most=1 << 24)

@@ -29,7 +29,8 @@ def option(default: Any, help: str, *, least: float | None = None, most: float |
 
     ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how. ``group``
     is where ``--help`` has it: common, data, speed or advanced. ``counts`` is what a number is of, for one that is too
-    large; ``habit`` turns what people write into the choice that they mean, for the error that suggests it.
+    large; ``habit`` turns what people write into the choice that they mean, for the error that suggests it. ``apart``
+    takes the texts of a list apart, where commas alone do not; its option then is given once for each.
     """
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
 
@@ -151,6 +152,8 @@ def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: b
         name = f.name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
+        elif f.metadata.get("apart"):
+            flags += [word for one in value for word in (f"--{name}", one)]
         else:
             flags += [f"--{name}", ",".join(value) if isinstance(value, (list, tuple)) else f"{value}"]
     return flags
@@ -188,7 +191,7 @@ def resolve(cls: type[C], flags: Mapping[str, Any], from_file: Mapping[str, Any]
     for f in dataclasses.fields(cls):
         for origin, source in (("flag", flags), ("file", from_file or {}), ("family", family or {})):
             if source.get(f.name) not in (None, (), []):
-                values[f.name], origins[f.name] = converted(kinds[f.name], source[f.name]), origin
+                values[f.name], origins[f.name] = taken(f, kinds[f.name], source[f.name]), origin
                 break
         else:
             origins[f.name] = "default"
@@ -246,6 +249,14 @@ _SEVERAL = {str: "text", int: "whole numbers", float: "numbers"}
 
 _PAIRS = ("columns", "roles", "turn_keys", "parameter")  # settings whose items name something and what it is
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+
+
+def taken(f: dataclasses.Field, kind: Any, value: Any) -> Any:
+    """A value of the command line or of YAML as this setting holds it, or as it is where that fails."""
+    texts, apart = [value] if isinstance(value, str) else value, f.metadata.get("apart")
+    if apart and isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
+        value = tuple(apart(texts)) or value  # without anything in it, it is refused
+    return converted(kind, value)
 
 
 def converted(kind: Any, value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted, full_width, near, shown, visible
 from gemma_tune.config.habits import meant_in_file
-from gemma_tune.config.settings import converted, no_name, plain, problem_of, types_of
+from gemma_tune.config.settings import no_name, plain, problem_of, taken, types_of
 from gemma_tune.config.stages import CONFIGS
 from gemma_tune.config.yaml_file import ESCAPES, read_yaml
 
@@ -123,7 +123,7 @@ def _yaml_problems(content: Mapping[str, Any]) -> Iterator[str]:
                     habit = None if str(name).replace("-", "_") in known else meant_in_file(str(name))
                     yield f"{key}.{name}: unknown setting" + (
                         f"; {habit}" if habit else full_width(str(name)) or near(str(name), known))
-                elif (problem := problem_of(known[name], kinds[name], converted(kinds[name], value))):
+                elif (problem := problem_of(known[name], kinds[name], taken(known[name], kinds[name], value))):
                     yield f"{key}.{problem}"
                 elif not known[name].metadata.get("prose") and any(map(_CONTROL.search, _texts(value))):
                     yield f"{key}.{name}: {shown(value)} holds a control character; {ESCAPES}"

@@ -13,7 +13,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import fresh_path, remove
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import span
-from gemma_tune.config.rewards import read
+from gemma_tune.config.rewards import in_words, read
 from gemma_tune.config.settings import NOT_GIVEN
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import quiet_libraries
@@ -213,6 +213,8 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     begun = begin(session, content, len(sizes[0]), go_on)
     placement, checkpoint = begun.placement, begun.checkpoint
     listener.detail("device", f"computing in {placement.reason}")
+    if config.method == "grpo":
+        listener.detail("rewards", f"rewards: {in_words(config.reward)}")
     longest = sizes[0].longest
     shape, choice = fit(session, sizes, placement, begun.training.micro_batch, begun.start)
     listener.detail("memory", described(choice, longest))

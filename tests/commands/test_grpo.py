@@ -243,6 +243,7 @@ def test_numbers_that_no_reference_has_are_told(cli, tiny, tmp_path):
     for n, record in enumerate(records[:3]):
         record["messages"][1]["content"] = "none " * (n + 1)
     assert cli("prepare", write_rows(tmp_path / "rows.jsonl", records), "--model", tiny, "--valid", 0).code == 0
-    result = cli("train", *ANY, "--reward", "number,regex:a", "--max-steps", 1)
+    result = cli("train", *ANY, "--reward", "number", "--reward", "regex=2:a{1,3}", "--max-steps", 1)
+    assert "rewards: number, the pattern `a{1,3}` with the weight 2" in " ".join(result.err.split())
     assert "--reward number: 3 answers of 8 have no number" in result.err, result.err
     assert {"rewards/number/mean", "rewards/regex/mean"} <= steps()[0].keys()

@@ -11,7 +11,10 @@ from fractions import Fraction
 import pytest
 
 from gemma_tune.base.errors import UserError, WorkFailed
-from gemma_tune.config.rewards import problems_of, read
+from gemma_tune.config.rewards import in_words, problems_of, read
+from gemma_tune.config.settings import as_flags, resolve
+from gemma_tune.config.settings_file import load_yaml
+from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train import reward_program, rewards
 from gemma_tune.train.last_number import last_number
 from gemma_tune.train.reward_program import RewardProgram, refuse_missing
@@ -60,7 +63,7 @@ def test_a_reward_between_none_and_all_and_of_the_end():
 
 
 def test_several_rewards_have_columns_and_weights():
-    with Scorer(read(["exact=2", "regex:a", "regex:b=-0.5"])) as scorer:
+    with Scorer(read(["exact=2", "regex:a", "regex=-0.5:b"])) as scorer:
         found = scorer.scores([scored("4"), scored("ab"), scored("b")])
         assert found.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
         assert (found @ scorer.weights).tolist() == [2, 0.5, -0.5]
@@ -92,7 +95,8 @@ def test_absurd_numbers_take_no_time(text):
 @pytest.mark.parametrize(("written", "problem"), [
     ("exakt", "'exakt' is not one of exact, contains, number, chrf, json, ended, regex:PATTERN, command:PROGRAM"), ("exakt", "did you mean `exact`?"),
     ("exact=0", "with the weight 0, 'exact=0' counts for nothing"), ("exact:x", "exact takes no argument"), ("regex", "regex needs a pattern"),
-    ("regex:(", "is no regular expression"), ("command:", "command needs a program")])
+    ("regex:(", "is no regular expression"), ("command:", "command needs a program"), ("exact=some", "the weight 'some' of 'exact=some' is no number"),
+    ("regex=:a", "the weight '' of 'regex=:a' is no number"), ("exact=inf", "is no number; write one such as 0.5"), ("exact,json", "is several")])
 def test_rewards_that_are_none(written, problem):
     [found] = problems_of([written])
     assert found.startswith("reward: ") and problem in found
@@ -101,6 +105,39 @@ def test_rewards_that_are_none(written, problem):
 def test_a_reward_that_is_there_twice():
     assert "is there twice" in problems_of(["exact", "exact=2"])[0]
     assert problems_of(["regex:a", "regex:b"]) == []
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    (["exact=1e-1,json"], [("exact", "", 0.1), ("json", "", 1)]),
+    (["command:python score.py --threshold=0.5"], [("command", "python score.py --threshold=0.5", 1)]),
+    (["ended, command=2:python s.py --kinds exact,json", "json=-1"], [("ended", "", 1), ("command", "python s.py --kinds exact,json", 2), ("json", "", -1)]),
+    (["regex:answer=4", "regex=0.5:foo,json"], [("regex", "answer=4", 1), ("regex_2", "foo,json", 0.5)]),
+    (["exact, regex = -1 : [a-z]{1,3}:,command:x"], [("exact", "", 1), ("regex", "[a-z]{1,3}:,command:x", -1)])])
+def test_patterns_and_commands_are_taken_as_they_are(given, expected):
+    """Also by YAML, as text or as a list, and again from what was recorded, and from the flags that hints give."""
+    config = resolve(TrainConfig, {"reward": given}).config
+    assert [(one.name, one.argument, one.weight) for one in read(config.reward)] == expected
+    for again in (list(config.reward), *([given[0]] if len(given) == 1 else [])):
+        assert resolve(TrainConfig, {}, {"reward": again}).config == config
+    flags = as_flags(TrainConfig, {"reward": config.reward})
+    assert flags[::2] == ["--reward"] * len(expected) and resolve(TrainConfig, {"reward": flags[1::2]}).config == config
+
+
+def test_rewards_of_a_settings_file(tmp_path):
+    path = tmp_path / "settings.yaml"
+    for written, expected in (('"ended=0.5,regex:[ae]{1,3}"', ["ended=0.5", "regex:[ae]{1,3}"]), ('["exact,json", "regex:a,b"]', ["exact", "json", "regex:a,b"])):
+        path.write_text(f"train:\n  reward: {written}\n")
+        assert resolve(TrainConfig, {}, load_yaml(path)["train"]).config.reward == tuple(expected)
+    for empty in ('""', '" , "', '[""]'):
+        path.write_text(f"train:\n  reward: {empty}\n")
+        with pytest.raises(UserError) as refused:
+            load_yaml(path)
+        assert "train.reward: is empty" in refused.value.problems
+
+
+def test_the_overview_says_how_rewards_were_read():
+    assert in_words(["exact=2", "regex:answer=4", "command=0.5:python s.py --kinds exact,json"]) == (
+        "exact with the weight 2, the pattern `answer=4`, the program `python s.py --kinds exact,json` with the weight 0.5")
 
 
 def test_a_pattern_that_takes_for_ever_ends_with_its_name(monkeypatch):
@@ -124,7 +161,7 @@ def program(tmp_path):
 
 
 def test_a_program_scores_several_answers_at_once(program):
-    with Scorer(read([f"command:{program(SCORES)}=2", "ended"])) as scorer:
+    with Scorer(read([f"command=2:{program(SCORES)}", "ended"])) as scorer:
         for _ in range(2):  # it goes on
             assert scorer.scores([scored("abcd"), scored("ab", ended=False)]).tolist() == [[2, 1], [1, 0]]
         assert scorer.weights.tolist() == [2, 1]
