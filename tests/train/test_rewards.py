@@ -7,7 +7,9 @@ import os
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
+import psutil
 import pytest
 
 from gemma_tune.base.errors import UserError, WorkFailed
@@ -17,7 +19,7 @@ from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train import reward_program, rewards
 from gemma_tune.train.last_number import last_number
-from gemma_tune.train.reward_program import RewardProgram, refuse_missing
+from gemma_tune.train.reward_program import RewardProgram, refuse_missing, words_of
 from gemma_tune.train.rewards import Scored, Scorer
 
 PROMPT = [{"role": "user", "content": "How many? 多少"}]
@@ -175,6 +177,27 @@ def test_a_program_gets_an_object_on_one_line(program):
     assert score(f"command:{program(text.format(keys))}", scored("a\nb\u2028c")) == [1]
 
 
+def test_a_program_may_read_in_its_own_encoding_and_forget_to_flush(program, monkeypatch):
+    """Such as Latin-1, in which UTF-8's bytes of a Chinese letter are others, and split lines as Python's texts do."""
+    text = ("import io, json, sys\nfor line in io.TextIOWrapper(sys.stdin.buffer, 'latin-1'):\n    assert len(line.splitlines()) == 1\n"
+            "    print(len(json.loads(line)['answer']))")
+    monkeypatch.setattr(reward_program, "PATIENCE", 10.0)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    assert score(f"command:{program(text)}", scored("多少"), scored("a\u2028b\ud800")) == [2, 4]
+
+
+def test_a_number_too_many_is_no_score_of_the_next_answer(program):
+    running = RewardProgram(program("import sys\nfor line in sys.stdin:\n    print(1, flush=True)\n    print(0.5, flush=True)"))
+    try:
+        assert running.scores([json.dumps({"answer": "多"})]) == [1]
+        time.sleep(0.5)
+        with pytest.raises(WorkFailed) as failed:
+            running.scores(["{}"])
+    finally:
+        running.close()
+    assert "wrote more numbers than it read lines, the first of them '0.5'; it was given {\"answer\": \"多\"}" in failed.value.message
+
+
 @pytest.mark.parametrize(("text", "what"), [
     ("import sys\nsys.exit('no model here')", "ended with exit code 1"), ("import sys; sys.stdin.readline(); print('nan')", "wrote 'nan', which is no finite number"),
     ("import sys; sys.stdin.readline(); print('good')", "wrote 'good', which is no finite number"),
@@ -211,3 +234,63 @@ def test_ctrl_c_does_not_reach_a_program(program):
         assert running.scores([json.dumps({})]) == [1]
     finally:
         running.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups, and what is executable")
+@pytest.mark.parametrize(("command", "system"), [
+    ("sleep 40; true", "posix"), ("sleep 40 & echo 1; wait", "posix"), ("sleep 40 & exit 0", "posix"), ("sleep 40; true", "nt")])
+def test_what_a_program_started_ends_with_it(monkeypatch, command, system):
+    monkeypatch.setattr(reward_program, "_TO_END", 0.5)
+    began, running = time.monotonic(), RewardProgram(f"bash -c 'echo $$ >&2; {command}'")
+    group = running._process.pid
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_program.os, "name", system)
+        running.close()
+    assert time.monotonic() - began < 10 and running._process.stdout.closed
+    members = [one for one in psutil.process_iter() if _group_of(one.pid) == group and one.status() != psutil.STATUS_ZOMBIE]
+    assert not psutil.wait_procs(members, 5)[1]
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
+
+
+def test_a_program_that_does_not_read_is_ended(program, monkeypatch):
+    monkeypatch.setattr(reward_program, "_TO_END", 2.0)
+    monkeypatch.setattr(reward_program, "PATIENCE", 0.5)
+    began = time.monotonic()
+    with pytest.raises(WorkFailed, match="wrote nothing"):
+        score(f"command:{program('import time; time.sleep(60)')}", scored("x" * 1_000_000))
+    assert time.monotonic() - began < 20
+
+
+def test_ctrl_c_while_a_program_ends_leaves_nothing(program, monkeypatch):
+    running = RewardProgram(program("import time; time.sleep(60)"))
+    monkeypatch.setattr(running, "_let_end", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        running.close()
+    assert running._process.poll() is not None
+
+
+def _interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_file_that_cannot_be_started_is_told_from_one_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("score.sh").write_text("#!/bin/sh\n")
+    with pytest.raises(UserError) as refused:
+        refuse_missing(read(["command:./score.sh --x"]))
+    assert refused.value.message.startswith("./score.sh, which --reward command:./score.sh --x asks for, is there")
+    assert "name what runs it before it, such as --reward 'command:python score.py', or make it one: chmod +x ./score.sh" in refused.value.hint
+
+
+def test_words_of_windows(monkeypatch):
+    command = r""" "C:\Program Files\python.exe" C:\score.py --opt="a b" --it's 'x'"""
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_program.os, "name", "nt")
+        words = words_of(command)
+    assert words == [r"C:\Program Files\python.exe", r"C:\score.py", "--opt=a b", "--it's", "'x'"]
