@@ -65,7 +65,7 @@ def _found(pattern: regex.Pattern, answer: str) -> float:
     except TimeoutError as e:
         raise WorkFailed(f"--reward regex:{pattern.pattern} was looked for over {MOST_SECONDS:g} seconds in the answer "
                          f"{shown(answer)}", "write it without choices that match the same, and without a repetition "
-                         "in what is repeated; a training with it starts anew") from e
+                         "in what is repeated") from e
 
 
 _PLAIN: dict[str, Callable[[Scored], float]] = {
