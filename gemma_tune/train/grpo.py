@@ -27,9 +27,10 @@ from gemma_tune.train.last_number import last_number
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.plan import VALIDATED
 from gemma_tune.train.preference import without_dropout
-from gemma_tune.train.prompts import Prompts, collate_prompts, said
+from gemma_tune.train.prompts import Prompts, collate_prompts
 from gemma_tune.train.rewards import Scorer
 from gemma_tune.train.rollouts import Rollout, Rollouts, to_learn
+from gemma_tune.train.thoughts import said
 from gemma_tune.train.token_losses import TokenLosses
 from gemma_tune.train.trainer import GemmaTrainer
 

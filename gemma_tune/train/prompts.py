@@ -1,4 +1,4 @@
-"""Prompts that a training from rewards asks, with the answers that their rows have, and the text of what was said."""
+"""Prompts that a training from rewards asks, with the answers that their rows have."""
 
 from __future__ import annotations
 
@@ -11,15 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma_tune.answers.generation import answer_of
 from gemma_tune.answers.prompts import Prompt, prompt_of
-from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.encoding.thinking import apart, opened_thought
 from gemma_tune.train.asked import rows_of, starts_of
 from gemma_tune.train.batches import Batch, collate
-
-_TAIL = 16  # tokens of a prompt's end, in which it can open a thought
-_THOUGHT = "<think>"
 
 
 class Prompts(torch.utils.data.Dataset):
@@ -70,13 +64,3 @@ def collate_prompts(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     items themselves, for which answers take the place of the sequences."""
     rows = Batch(items, items.tokens, items.trained, items.step) if isinstance(items, Batch) else list(items)
     return collate(rows) | {"prompts": list(items)}
-
-
-def said(chat: ChatFormat, prompt: Sequence[int], answer: Sequence[int]) -> str:
-    """The text of an answer, with its outer white space taken away, and what was thought before it left out: of a
-    thought that did not end nothing is left."""
-    text = answer_of(chat, answer).text
-    opened = bool(opened_thought(chat.tokenizer.decode([*prompt[-_TAIL:]])))
-    content = apart({"role": "assistant", "content": text}, opened)["content"]
-    unended = content == text and (opened or text.lstrip().startswith(_THOUGHT)) and "</think>" not in text
-    return "" if unended else content.strip()

@@ -24,8 +24,9 @@ from gemma_tune.base.machine import is_out_of_memory
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.loss import IGNORE_INDEX
-from gemma_tune.train.prompts import Prompts, said
+from gemma_tune.train.prompts import Prompts
 from gemma_tune.train.rewards import Scored, Scorer
+from gemma_tune.train.thoughts import said
 from gemma_tune.train.undoing import plain_forward
 
 if TYPE_CHECKING:
