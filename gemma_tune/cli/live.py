@@ -73,10 +73,10 @@ class Course:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and value of the lowest validation loss, or of the highest reward."""
+        """Step and value of the lowest validation loss, or of the highest reward, the latest one of equals."""
         sign = -1 if self.what == "reward" else 1
-        finite = [(sign * value, step) for step, value in list(self.evals.items()) if math.isfinite(value)]
-        return (min(finite)[1], sign * min(finite)[0]) if finite else None
+        finite = [(sign * value, sign * step) for step, value in list(self.evals.items()) if math.isfinite(value)]
+        return (sign * min(finite)[1], sign * min(finite)[0]) if finite else None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, _WIDEST)

@@ -111,10 +111,12 @@ def best_so_far(log: Path, last: float = math.inf) -> BestSoFar | None:
         with log.open(encoding="utf-8") as lines:
             for record in (json.loads(line) for line in lines if '"eval_loss"' in line or '"eval_reward"' in line):
                 what = "reward" if "eval_reward" in record else "loss"
-                value = record[f"eval_{what}"] * (-1 if what == "reward" else 1)
+                sign = -1 if what == "reward" else 1  # also of steps: of equal rewards the latest is kept
+                value = record[f"eval_{what}"] * sign
                 if math.isfinite(value) and record["step"] <= last:
-                    best = min(best or (math.inf, 0), (value, record["step"]))
-    return BestSoFar(best[1], best[0] * (-1 if what == "reward" else 1), what) if best else None
+                    best = min(best or (math.inf, 0), (value, sign * record["step"]))
+    sign = -1 if what == "reward" else 1
+    return BestSoFar(sign * best[1], sign * best[0], what) if best else None
 
 
 def data_of(record: Mapping[str, Any]) -> str:

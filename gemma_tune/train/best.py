@@ -37,7 +37,8 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 
 
 class Best(TrainerCallback):
-    """Keeps the adapter of each evaluation that is lower than all before it, in a file beside the checkpoints.
+    """Keeps the adapter of each evaluation that is lower than all before it, in a file beside the checkpoints; of
+    rewards also of one that is as good, as what was learned since then is worth having.
 
     The loss before the first step is the base model's, which no adapter is kept for.
 
@@ -68,11 +69,11 @@ class Best(TrainerCallback):
     @property
     def exhausted(self) -> bool:
         """Whether the loss was not lower for too long."""
-        steps = sorted(self.losses)
-        return bool(self.patience and steps and sum(s > self._lowest(steps) for s in steps) >= self.patience)
-
-    def _lowest(self, steps: Sequence[int]) -> int:
-        return min(steps, key=lambda step: (self.losses[step] if math.isfinite(self.losses[step]) else math.inf, step))
+        if not (self.patience and self.losses):
+            return False
+        levels = {step: self.measure.level(loss) for step, loss in self.losses.items()}
+        first = min(levels, key=lambda step: (levels[step], step))
+        return sum(step > first for step in levels) >= self.patience
 
     def on_save(self, args, state, control, **kwargs):
         if processes.is_main():
@@ -82,10 +83,10 @@ class Best(TrainerCallback):
         step, loss = state.global_step, self.measure.sign * metrics[self.measure.key]
         name, best_one, shown = self.measure.name, self.measure.best, self.measure.shown
         self.losses[step] = loss
-        if (step or self.before) and self.keeps and loss < (self._kept[1] if self._kept else math.inf):
+        if (step or self.before) and self.keeps and self._is_better(loss):
             assert self.trainer is not None
             self.keep(step, loss, trained_weights(self.trainer.model))
-        elif step and not self._told and (best := self._lowest(list(self.losses))) != step:
+        elif step and not self._told and (best := self.measure.lowest(self.losses)) != step:
             self.listener.note(f"the validation {name} is {shown(loss)} after step {self.before + step}, and was "
                                f"{best_one} {self._when(best)}: {shown(self.losses[best])}")
             self._told = True
@@ -95,6 +96,11 @@ class Best(TrainerCallback):
                                f"not {self.measure.better}")
             control.should_training_stop = control.should_save = True  # a later --continue goes on from here
         return control
+
+    def _is_better(self, loss: float) -> bool:
+        """Whether a loss takes the place of the one that is kept."""
+        new, old = map(self.measure.level, (loss, self._kept[1] if self._kept else math.inf))
+        return new < old or self.measure.later and new == old < math.inf
 
     def _when(self, step: int) -> str:
         return f"after step {step}" if (step := self.before + step) else "before the first step"
@@ -167,8 +173,9 @@ class Best(TrainerCallback):
         """
         if len(self.losses) < 2 or kept not in self.losses or last not in self.losses:
             return None
-        before, loss, end = (self.measure.shown(self.losses.get(step, math.nan)) for step in (0, kept, last))
-        lowest, steps = self._lowest(list(self.losses)), f"step {self.before + kept} of {self.before + last}"
+        first = self.losses.get(0, math.nan) if self.first is None else self.first
+        before, loss, end = map(self.measure.shown, (first, self.losses[kept], self.losses[last]))
+        lowest, steps = self.measure.lowest(self.losses), f"step {self.before + kept} of {self.before + last}"
         name, best, better = f"validation {self.measure.name}", self.measure.best, self.measure.better
         further = "lower" if self.measure is LOSS else "raise"
         if self.keeps and lowest not in (0, kept):  # of a part that was trained with --keep last
@@ -180,8 +187,7 @@ class Best(TrainerCallback):
         if kept != last:
             return (f"the weights are those of {steps}, whose {name} was {best}: {loss}, and "
                     f"{end} at the end; fewer {length}, a lower --learning-rate or more rows may {further} it further")
-        if lowest == last:
-            return (f"the {name} was {best} at the end, {loss} instead of "
-                    f"{before if self.first is None else self.measure.shown(self.first)}: more {length} may "
-                    f"{further} it further, and --continue goes on from here")
+        if lowest == last and self.measure.level(first) != self.measure.level(self.losses[last]):
+            return (f"the {name} was {best} at the end, {loss} instead of {before}: more {length} may {further} it "
+                    "further, and --continue goes on from here")
         return None

@@ -39,6 +39,7 @@ from gemma_tune.train.checkpoints import (
 from gemma_tune.train.method import with_method
 from gemma_tune.train.plan import rate_at, total_steps
 from gemma_tune.train.start import start_folder, warn_of_what_is_replaced, with_start
+from gemma_tune.train.verdict import measure_of
 
 if TYPE_CHECKING:
     from gemma_tune.train.best import Best
@@ -333,7 +334,8 @@ def _refuse_stopped_early(session: Session, checkpoint: Path | None) -> None:
     if checkpoint is None or not (patience := session.config.early_stopping):
         return
     records = earlier_records(session.run.metrics, step_of(checkpoint))
-    if Best(session.run.checkpoints, "", Listener(), keeps=False, patience=patience, earlier=records).exhausted:
+    if Best(session.run.checkpoints, "", Listener(), keeps=False, patience=patience, earlier=records,
+            measure=measure_of(session.config)).exhausted:
         raise UserError(f"--early-stopping {patience} has ended the finished training, and would end it again at once",
                         "go on with a larger number, or with --early-stopping 0")
 

@@ -26,6 +26,7 @@ KNOWN = 0.01  # nats per token: what a model knows so well leaves nothing to lea
 # A divergence in nats per token, and a part of the loss, below which nobody will see a difference.
 NEGLIGIBLE, NEGLIGIBLE_LOSS = 1e-10, 1e-5
 SMALLEST_SCALE = 1e-4
+_LEVEL = ".9g"  # digits of a mean of rewards that say something
 MOST_SKIPPED = 20  # steps after which the loss scaler of fp16 has found its factor
 
 
@@ -39,6 +40,8 @@ class Measure:
         name: what people do.
         sign: of what counts.
         best, better: what the best value is, and one that is better than another.
+        later: whether the later one of equal values is the better one. Rewards are often the same while the model still
+            learns; two losses hardly ever are.
     """
 
     key: str
@@ -46,6 +49,15 @@ class Measure:
     sign: int
     best: str
     better: str
+    later: bool = False
+
+    def level(self, value: float) -> float:
+        """A value as it is compared, less what summing rewards in another order makes of it; infinite for no number."""
+        return math.inf if not math.isfinite(value) else float(f"{value:{_LEVEL}}") if self.later else value
+
+    def lowest(self, values: Mapping[int, float]) -> int:
+        """The step of the best of some values."""
+        return min(values, key=lambda step: (self.level(values[step]), -step if self.later else step))
 
     def shown(self, value: float) -> str:
         """The figure as it is."""
@@ -53,7 +65,7 @@ class Measure:
 
 
 LOSS = Measure("eval_loss", "loss", 1, "lowest", "lower")
-REWARD = Measure("eval_reward", "reward", -1, "highest", "higher")
+REWARD = Measure("eval_reward", "reward", -1, "highest", "higher", later=True)
 
 
 def measure_of(config: TrainConfig) -> Measure:

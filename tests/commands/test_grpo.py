@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -163,17 +164,34 @@ def test_rewards_that_never_differ_are_an_error_with_their_cause(cli, prepared):
     assert not (prepared / "tiny-gemma_lora_adapter").exists()
 
 
-def test_a_reward_that_falls_keeps_the_adapter_apart(cli, prepared, monkeypatch):
-    """As if the answers of the trained model were worth less: a weight of the other sign where the likeliest are scored."""
+def evaluated_as(patch: pytest.MonkeyPatch, reward: Callable[[int], float]) -> None:
+    """Have each of the likeliest answers be worth so much after a step."""
     greedy = Rollouts.greedy
 
-    def worse(self, prompts, items):
-        after = self.trainer.state.global_step > 0
+    def given(self, prompts, items):
         for one in (found := greedy(self, prompts, items)):
-            one.rewards[:] = 0.1 if after else 0.9
+            one.rewards[:] = reward(self.trainer.state.global_step)
         return found
 
-    monkeypatch.setattr(Rollouts, "greedy", worse)
+    patch.setattr(Rollouts, "greedy", given)
+
+
+def test_early_stopping_of_rewards_that_stay_keeps_the_last_and_is_not_gone_on_from(cli, prepared, monkeypatch):
+    evaluated_as(monkeypatch, lambda step: 0.5 if step < 3 else 0.75)
+    flags = (*GRPO, "--max-steps", 20, "--eval-steps", 1, "--save-steps", 1, "--early-stopping", 3)
+    result = cli("train", *flags, "--json")
+    assert result.code == 0, result.err
+    assert result.json["summary"]["steps"] == result.json["summary"]["kept_step"] == 6, "three after that of step 3"
+    assert "so many times in a row the validation reward was not higher" in result.err and "and was highest" not in result.err
+    longer = cli("train", "--continue", "--max-steps", 30)
+    assert longer.code == 2 and "--early-stopping 3 has ended the finished training" in longer.err
+    assert cli("train", "--continue", "--max-steps", 30, "--early-stopping", 5).code == 0
+    assert max(record["step"] for record in steps()) == 8
+
+
+def test_a_reward_that_falls_keeps_the_adapter_apart(cli, prepared, monkeypatch):
+    """As if the answers of the trained model were worth less: a weight of the other sign where the likeliest are scored."""
+    evaluated_as(monkeypatch, lambda step: 0.1 if step else 0.9)
     result = cli("train", *GRPO, "--max-steps", 2)
     assert result.code == 1 and "the training made the model worse: validation reward 0.9 before, 0.1 after" in result.err
     assert (prepared / "tiny-gemma_lora_adapter_worse").is_dir() and not (prepared / "tiny-gemma_lora_adapter").exists()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from gemma_tune.base.listener import Listener
 from gemma_tune.train.best import Best
 from gemma_tune.train.callbacks import MetricsLog
+from gemma_tune.train.verdict import REWARD
 from support.command import rows, write_rows
 from support.listener import Said
 
@@ -161,3 +162,39 @@ def test_a_loss_is_said_to_have_been_lower_only_where_it_was(tmp_path):
     assert not said.notes, "each was lower than all before it"
     evaluate(best, 3, 1.5)
     assert said.notes == ["the validation loss is 1.5 after step 3, and was lowest after step 2: 1"]
+
+
+def rewarded(best: Best, step: int, reward: float):
+    control = SimpleNamespace(should_training_stop=False)
+    return best.on_evaluate(None, SimpleNamespace(global_step=step, max_steps=100), control, {"eval_reward": reward})
+
+
+@pytest.mark.parametrize(("rewards", "kept", "stops"), [
+    ([0.5, 1.0, 1.0, 1.0], 3, True), ([0.5, 0.5, 0.5], 2, True), ([0.5, 1.0, 0.5, 1.0], 3, True), ([0.5, 1.0, 0.5], 1, False),
+    ([0.0, 0.1 + 0.2, 0.3], 2, False), ([0.0, 0.0, 0.5], 2, False)])
+def test_of_equal_rewards_the_later_stays_and_stopping_is_strict(tmp_path, rewards, kept, stops):
+    """Also where the training was interrupted after any evaluation."""
+    for interrupted in range(len(rewards) + 1):
+        folder, model = tmp_path / str(interrupted), Adapter(3, 2, bias=False)
+        best = Best(folder, "a", said := Said(), keeps=True, patience=2, measure=REWARD)
+        for step, reward in enumerate(rewards):
+            if step == interrupted:
+                earlier = [{"step": n, "eval_reward": value} for n, value in enumerate(rewards[:step])]
+                best = Best(folder, "a", said, keeps=True, patience=2, measure=REWARD, earlier=earlier)
+            best.trainer = SimpleNamespace(model=model)
+            model.set(step)
+            rewarded(best, step, reward)
+        last = len(rewards) - 1
+        assert best.restore(last) == kept and torch.equal(model.weight, torch.full((2, 3), float(kept)))
+        assert best.exhausted == stops, interrupted
+        falls = [note for note in said.notes if "and was highest" in note]
+        assert bool(falls) == any(reward < max(rewards[:n]) - 1e-9 for n, reward in enumerate(rewards) if n), said.notes
+
+
+def test_a_reward_that_stayed_is_not_said_to_have_risen(tmp_path):
+    best = Best(tmp_path, "a", Said(), keeps=False, patience=0, measure=REWARD)
+    for step, reward in enumerate([0.5, 0.5]):
+        rewarded(best, step, reward)
+    assert best.described(1, 1, "--max-steps") is None
+    rewarded(best, 2, 0.75)
+    assert "highest at the end, 0.75 instead of 0.5" in best.described(2, 2, "--max-steps")
