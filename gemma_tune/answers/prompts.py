@@ -73,10 +73,20 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     """The prompt of a line of train.jsonl or valid.jsonl: everything before the last answer that is learned."""
     if "text" in row:
         return Prompt([], text=row["text"])
+    found = next(prompts_of(row), None)
+    if found is None:
+        raise ValueError("no answer of it is learned")
+    return found
+
+
+def prompts_of(row: Mapping[str, Any]) -> Iterator[Prompt]:
+    """Those of a conversation before each answer that is learned, the last one first."""
     messages = row["messages"]
-    last = max(n for n, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("train") is not False)
     # Which turns are learned does not matter to a model that answers.
-    return Prompt([{k: v for k, v in turn.items() if k != "train"} for turn in messages[:last]], row.get("tools"))
+    plain = [{k: v for k, v in turn.items() if k != "train"} for turn in messages]
+    for n in reversed(range(len(messages))):
+        if messages[n]["role"] == "assistant" and messages[n].get("train") is not False:
+            yield Prompt(plain[:n], row.get("tools"))
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from gemma_tune.answers.prompts import Prompt, prompts_of
 from gemma_tune.base.errors import UserError
+from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
-from gemma_tune.encoding.tokens import pictured, those
+from gemma_tune.encoding.tokens import lengths_of, pictured, those
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 
@@ -28,12 +31,71 @@ def rows_of(sequences: Any) -> np.ndarray:
     return np.concatenate(chunks).astype(np.int64)
 
 
-def prompts_in(sequences: Any, session: Session) -> Any:
-    """The last sequence of each row, as a dataset of the same kind: its last answer is what is sampled anew.
+def is_divided(session: Session) -> bool:
+    """Whether sequences of these rows can be a part of their conversation, being longer than the limit."""
+    return session.settings_of("prepare").get("on_long") in ("split", "truncate")
+
+
+def prompt_before(row: Mapping[str, Any], chat: Any, ids: Sequence[int]) -> Prompt | None:
+    """The turns that prompt ids were made of, which need not be all before the row's last learned answer; None where
+    they are no part of it.
+
+    Args:
+        row: a line of train.jsonl or valid.jsonl.
+        chat: the :class:`gemma_tune.encoding.chat_format.ChatFormat`.
+    """
+    ids = [*ids]
+    for whole in prompts_of(row):
+        for found in (whole, whole.fitted(chat, len(ids))):
+            if found is not None and found.ids(chat) == ids:
+                return found
+    return None
+
+
+def prompts_in(sequences: tuple[Any, Any], session: Session, stops: Callable[[], Sequence[int]],
+               listener: Listener | None = None) -> tuple[Any, Any]:
+    """The last sequence of each row, as datasets of the same kind: its last answer is what is sampled anew, so those
+    that were cut within it are left out.
+
+    Args:
+        sequences: the training's, and the validation's.
+        stops: ids that end an answer, if they have to be known.
+        listener: hears what is left out; None where it was told.
 
     Raises:
-        UserError: rows with pictures, or of plain text.
+        UserError: rows with pictures, or of plain text; or none is left to learn from.
     """
+    found = [_last_of_rows(side, session) for side in sequences]
+    cut = [_cut(side, session, stops) for side in found]
+    if cut[0].all() and len(cut[0]):
+        raise UserError(f"--method grpo scores answers against those of the rows, and of all {len(cut[0]):,} "
+                        "`prepare --on-long truncate` has cut the end off", _longer(session))
+    if (number := int(sum(map(sum, cut)))) and listener:
+        listener.warn(f"{counted(number, 'row')} of {sum(map(len, cut)):,} {'are' if number > 1 else 'is'} left out: "
+                      "`prepare --on-long truncate` has cut off the end of the answer that others are scored against; "
+                      f"{_longer(session)}")
+    return those(found[0], ~cut[0]), those(found[1], ~cut[1])
+
+
+def _longer(session: Session) -> str:
+    most = session.settings_of("prepare")["max_length"]
+    return f"with more tokens they are whole: {command('prepare', session.run.root, '--max-length', str(2 * most))}"
+
+
+def _cut(sequences: Any, session: Session, stops: Callable[[], Sequence[int]]) -> np.ndarray:
+    """Whether each sequence ends within an answer (bool)."""
+    settings = session.settings_of("prepare")
+    if settings.get("on_long") != "truncate":
+        return np.zeros(len(sequences), bool)
+    cut = lengths_of(sequences) >= settings["max_length"]
+    if cut.any():
+        ends = {*stops()}
+        for number in np.flatnonzero(cut):
+            cut[number] = int(sequences[int(number)]["input_ids"][-1]) not in ends
+    return cut
+
+
+def _last_of_rows(sequences: Any, session: Session) -> Any:
     rows = rows_of(sequences)
     again = command("prepare", session.run.root, "OTHER.jsonl")
     if shown := len(np.unique(rows[pictured(sequences)])):

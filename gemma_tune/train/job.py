@@ -13,6 +13,7 @@ import numpy as np
 from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
+from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import keeping_garbage
 from gemma_tune.base.words import counted
 from gemma_tune.config.stages import AUTO, TrainConfig
@@ -33,7 +34,7 @@ from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stopped import step_of
 from gemma_tune.train import processes
-from gemma_tune.train.asked import prompts_in, starts_of
+from gemma_tune.train.asked import is_divided, prompts_in, starts_of
 from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.looking import Shown
@@ -90,8 +91,11 @@ def chat_format_of(session: Session) -> ChatFormat:
     return load_format(session.model.path, session.model.config["model_type"], thinking, session.chat_template())
 
 
-def prepared_sequences(session: Session) -> tuple[Any, Any]:
+def prepared_sequences(session: Session, listener: Listener | None = None) -> tuple[Any, Any]:
     """Training's and validation's sequences, as ``prepare`` wrote them.
+
+    Args:
+        listener: hears which of them the method has to leave out.
 
     Raises:
         UserError: another version of the code or its libraries made them, which might do it differently today; or
@@ -103,7 +107,7 @@ def prepared_sequences(session: Session) -> tuple[Any, Any]:
                         "another tokenizer", f"make them again: {command('prepare', session.run.root)}")
     sides = open_tokens(folder / "train.arrow"), open_tokens(folder / "valid.arrow")
     if session.config.method == "grpo":
-        return prompts_in(sides[0], session), prompts_in(sides[1], session)
+        return prompts_in(sides, session, lambda: chat_format_of(session).stop_ids, listener)
     return sides if session.config.prefers else (liked(sides[0]), liked(sides[1]))
 
 
@@ -266,10 +270,11 @@ def _reward_trainer(job: Job, chat: ChatFormat, scorer: Scorer, train_rows: Any,
     from gemma_tune.train.prompts import Prompts
 
     session = job.session
-    prompts = Prompts(train_rows, session.run.train_rows), Prompts(valid_rows, session.run.valid_rows)
+    run, divided = session.run, chat if is_divided(session) else None
+    prompts = Prompts(train_rows, run.train_rows, divided), Prompts(valid_rows, run.valid_rows, divided)
     first = step_of(job.checkpoint) if job.checkpoint else 0
     return RewardTrainer, {"prompts": prompts, "session": session, "chat": chat, "scorer": scorer,
-                           "earlier": earlier_records(session.run.rollouts, first)}
+                           "earlier": earlier_records(run.rollouts, first)}
 
 
 def _steps_as_one(placement: Placement, config: TrainConfig) -> bool:

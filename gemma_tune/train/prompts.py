@@ -12,7 +12,10 @@ import numpy as np
 import torch
 
 from gemma_tune.answers.prompts import Prompt, prompt_of
-from gemma_tune.train.asked import rows_of, starts_of
+from gemma_tune.base.errors import UserError
+from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.run.directory import command
+from gemma_tune.train.asked import prompt_before, rows_of, starts_of
 from gemma_tune.train.batches import Batch, collate
 
 
@@ -25,10 +28,11 @@ class Prompts(torch.utils.data.Dataset):
     Args:
         sequences: of :func:`gemma_tune.train.asked.prompts_in`.
         path: of the rows that they were made from.
+        divided: what renders prompts, where sequences can be parts of their conversations.
     """
 
-    def __init__(self, sequences: Any, path: Path):
-        self.sequences, self.path = sequences, path
+    def __init__(self, sequences: Any, path: Path, divided: ChatFormat | None = None):
+        self.sequences, self.path, self.divided = sequences, path, divided
         self.starts, self.rows = starts_of(sequences), rows_of(sequences)
 
     def __len__(self) -> int:
@@ -47,10 +51,20 @@ class Prompts(torch.utils.data.Dataset):
         return found
 
     def asked(self, number: int) -> Prompt:
-        """The prompt's turns, and the tools on offer."""
+        """The prompt's turns, as the model reads them, and the tools on offer.
+
+        Raises:
+            UserError: the model does not read a part of the row.
+        """
+        line = int(self.rows[number])
         with open(self.path, "rb") as lines:
-            lines.seek(self._places[self.rows[number]])
-            return prompt_of(json.loads(lines.readline()))
+            lines.seek(self._places[line])
+            row = json.loads(lines.readline())
+        found = prompt_before(row, self.divided, self[number]["prompt"]) if self.divided else prompt_of(row)
+        if found is None:
+            raise UserError(f"{self.path}:{line + 1} is not what the prepared tokens were made of",
+                            f"make them again: {command('prepare', self.path.parents[1])}")
+        return found
 
     @cached_property
     def _places(self) -> np.ndarray:

@@ -137,7 +137,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     quiet_libraries()
     session, waiting, start = as_before(session, go_on, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
-    sequences = prepared_sequences(session)
+    sequences = prepared_sequences(session, session.listener)
     refuse_missing(read(session.config.reward))
     sizes = [sizes_of(rows, session.config) for rows in sequences]
     placement = choose_placement(session.config.dtype)
@@ -203,7 +203,7 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
-    sequences = prepared_sequences(session)
+    sequences = prepared_sequences(session, session.listener)
     refuse_missing(read(session.config.reward))
     sizes = [sizes_of(rows, session.config) for rows in sequences]
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
