@@ -75,8 +75,8 @@ def _refuse_harm(session: Session, model: Any, chat: ChatFormat, records: Sequen
     if not is_harm(found):
         if found.by_chance:
             return
-        what = "lower the loss" if found.measure is LOSS else "raise the reward"
-        session.listener.warn(f"the training did not {what}: {found.figures}; a little can be chance")
+        what, chance = ("lower the loss", "a little") if found.measure is LOSS else ("raise the reward", "so much")
+        session.listener.warn(f"the training did not {what}: {found.figures}; {chance} can be chance")
         return
     raise _kept_apart(session, model, chat, found.figures, advice(found, session.config.learning_rate, steps))
 

@@ -140,9 +140,18 @@ def changes(records: Sequence[Mapping[str, Any]]) -> list[LossChange]:
 
 def _error_of_rewards(records: Sequence[Mapping[str, Any]], *steps: int) -> float:
     """Standard error of the difference of the mean validation rewards after two steps, as if they were of other
-    prompts; 0 where they are none."""
-    spreads = [record for step in steps for record in records if record["step"] == step and REWARD.key in record]
-    return math.sqrt(sum(r.get("eval_reward_std", 0.0) ** 2 / max(1, r.get("eval_prompts", 1)) for r in spreads))
+    prompts; 0 where they are none.
+
+    Both are taken for samples of one kind, whose variance is that of all their rewards together. So few prompts that
+    all have the same reward on each side have a spread as well: of fewer than 5 no fall is more than chance.
+    """
+    sides = [record for step in steps for record in records if record["step"] == step and REWARD.key in record]
+    counts = [max(1, record.get("eval_prompts", 1)) for record in sides]
+    if len(sides) < 2:
+        return 0.0
+    within = sum((count - 1) * side.get("eval_reward_std", 0.0) ** 2 for count, side in zip(counts, sides))
+    between = (sides[0][REWARD.key] - sides[1][REWARD.key]) ** 2 / sum(1 / count for count in counts)
+    return math.sqrt((within + between) / (sum(counts) - 1) * sum(1 / count for count in counts))
 
 
 def _averaged(steps: Sequence[Mapping[str, Any]]) -> int | None:

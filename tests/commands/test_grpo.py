@@ -192,6 +192,10 @@ def test_early_stopping_of_rewards_that_stay_keeps_the_last_and_is_not_gone_on_f
 def test_a_reward_that_falls_keeps_the_adapter_apart(cli, prepared, monkeypatch):
     """As if the answers of the trained model were worth less: a weight of the other sign where the likeliest are scored."""
     evaluated_as(monkeypatch, lambda step: 0.1 if step else 0.9)
+    few = cli("train", *GRPO, "--max-steps", 2)
+    assert few.code == 0 and "did not raise the reward: validation reward 0.9 before, 0.1 after; so much can be chance" in few.err, "of 4 prompts"
+    shutil.rmtree(prepared / "tiny-gemma_lora_adapter")
+    assert cli("prepare", "--valid", 8).code == 0
     result = cli("train", *GRPO, "--max-steps", 2)
     assert result.code == 1 and "the training made the model worse: validation reward 0.9 before, 0.1 after" in result.err
     assert (prepared / "tiny-gemma_lora_adapter_worse").is_dir() and not (prepared / "tiny-gemma_lora_adapter").exists()

@@ -167,6 +167,9 @@ def rewards(*pairs: tuple[int, float], prompts: int = 64, spread: float = 0.5) -
 @pytest.mark.parametrize(("records", "harm", "figures"), [
     (rewards((0, 0.5), (9, 0.2)), True, "validation reward 0.5 before, 0.2 after"), (rewards((0, 0.5), (9, 0.4)), False, "0.4 after"),
     (rewards((0, 0.5), (9, 0.4), prompts=4000), True, "0.4 after"), (rewards((0, 0.5), (9, 0.5)), None, ""), (rewards((0, 0.5), (9, 0.9)), None, ""),
+    *((rewards((0, 1.0), (9, 0.0), prompts=prompts, spread=0.0), prompts > 5, "1 before, 0 after") for prompts in (1, 2, 3, 4, 5, 6, 20)),
+    (rewards((0, 1.0), (9, 0.9), prompts=10, spread=0.3), False, "0.9 after"),
+    (rewards((0, 0.5), (9, 0.49), prompts=4000, spread=0.0), True, "0.49 after"),
     ([{"step": n, "epoch": n, "loss": 0.0, "reward": 0.9 if n < 6 else 0.1} for n in range(1, 13)], True, "training reward 0.9 before, 0.1 after")])
 def test_a_reward_that_falls_by_more_than_chance_is_harm(records, harm, figures):
     found = rose(records)
