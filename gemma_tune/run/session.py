@@ -147,7 +147,6 @@ def _settings(stage: str, settings: Mapping[str, Any], section: Mapping[str, Any
     """
     family, reasons = family_defaults(base.config, stage)
     resolved = resolve(CONFIGS[stage], settings, section, family)
-    preferences = stage == "train" and resolved.config.method != "sft" and manifest.kind != CONVERSATIONS
     before = manifest.stages.get(stage, {"config": {}})["config"]
     given = resolved.given | {*section}  # null in a file asks for the default, and not for before
     outdone = resolved.config.outdone(given, before)
@@ -165,8 +164,10 @@ def _settings(stage: str, settings: Mapping[str, Any], section: Mapping[str, Any
             "all weights", "LoRA learns with ten times as much")
         listener.warn(f"the learning rate {resolved.config.learning_rate:g} of the settings file is one for {of}: "
                       f"{usually}")
+    of_method = stage == "train" and resolved.config.method != "sft" and (
+        manifest.kind != CONVERSATIONS or resolved.config.method == "grpo")
     for name, reason in zip(family, reasons):
-        if resolved.origins[name] == "family" and not preferences:  # which have defaults of their own
+        if resolved.origins[name] == "family" and not of_method:  # preferences and rewards have defaults of their own
             listener.note(reason)
     return resolved, given
 

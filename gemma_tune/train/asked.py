@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gemma_tune.answers.prompts import Prompt, prompts_of
+from gemma_tune.base.checkpoint import context_length
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted
@@ -75,6 +76,30 @@ def prompts_in(sequences: tuple[Any, Any], session: Session, stops: Callable[[],
                       "`prepare --on-long truncate` has cut off the end of the answer that others are scored against; "
                       f"{_longer(session)}")
     return those(found[0], ~cut[0]), those(found[1], ~cut[1])
+
+
+def left_for_answers(session: Session, longest: int) -> int | None:
+    """Tokens that the model's context leaves for an answer behind the longest prompt, of so many tokens; None where
+    ``max_new_tokens`` fit.
+
+    Raises:
+        UserError: none.
+    """
+    most, context = session.config.max_new_tokens, context_length(session.model.config)
+    if not context or context - longest >= most:
+        return None
+    if longest >= context:
+        again = command("prepare", session.run.root, "--max-length", str(max(16, context - most)))
+        raise UserError(f"the longest prompt has {longest:,} tokens, and the model's context ends at {context:,}: "
+                        "nothing is left for an answer", f"prepare shorter rows: {again}")
+    return context - longest
+
+
+def tell_of_short_answers(session: Session, left: int) -> None:
+    """Warn of prompts that leave less room than asked for."""
+    session.listener.warn(f"the model's context leaves {left:,} tokens for an answer to the longest prompt, and not "
+                          f"--max-new-tokens {session.config.max_new_tokens:,}: answers to such prompts end earlier; "
+                          f"with --max-new-tokens {left} all have the same room")
 
 
 def _longer(session: Session) -> str:

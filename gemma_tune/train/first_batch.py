@@ -45,6 +45,7 @@ class FirstBatch:
 
     longest_seconds = 0.0
     probed = "the longest batch"  # what is tried before the first step
+    pieces = "conversations"  # what goes through the model at once
 
     def expected_seconds(self) -> float:
         """Seconds that all steps will take, as the longest batch took them."""

@@ -69,7 +69,7 @@ class RewardTrainer(GemmaTrainer):
 
     collate = staticmethod(collate_prompts)
     split = staticmethod(pieces_of_answers)
-    probed = "learning from the longest possible answer"
+    probed, pieces = "learning from the longest possible answer", "answers"
 
     def __init__(self, *args: Any, prompts: tuple[Prompts, Prompts], session: Session, chat: ChatFormat,
                  scorer: Scorer, earlier: Sequence[dict[str, Any]] = (), **kwargs: Any):

@@ -34,7 +34,7 @@ from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stopped import step_of
 from gemma_tune.train import processes
-from gemma_tune.train.asked import is_divided, prompts_in, starts_of
+from gemma_tune.train.asked import is_divided, left_for_answers, prompts_in, starts_of, tell_of_short_answers
 from gemma_tune.train.batch_size import proposed
 from gemma_tune.train.checkpoints import Training
 from gemma_tune.train.looking import Shown
@@ -169,14 +169,21 @@ def _refuse_beyond_positions(session: Session, shape: ModelShape, longest: int) 
     """
     import torch
 
-    context = context_length(session.model.config)
+    context, what = context_length(session.model.config), "rows"
+    again, left = command("prepare", session.run.root, "--max-length", str(context)), None
+    if session.config.method == "grpo":
+        left = left_for_answers(session, longest - session.config.max_new_tokens)
+        again = command("train", session.run.root, "--max-new-tokens", str(left))
+        what = "prompts with answers"
     if not context or longest <= context:
         return
     words = shape.model.get_base_model().get_input_embeddings()
     if any(isinstance(m, torch.nn.Embedding) and m is not words and context <= m.num_embeddings <= context + 2
            for m in shape.model.modules()):
-        raise UserError(f"rows of up to {longest:,} tokens do not fit into the {context:,} positions of this model",
-                        f"{command('prepare', session.run.root, '--max-length', str(context))}")
+        raise UserError(f"{what} of up to {longest:,} tokens do not fit into the {context:,} positions of this model",
+                        again)
+    if left is not None:
+        tell_of_short_answers(session, left)
 
 
 def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks, shown: Shown | None = None,

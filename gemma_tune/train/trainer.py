@@ -280,7 +280,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             torch.cuda.empty_cache()
         before = min(self.micro_batch, rows)  # the last batch of an epoch can have fewer
         self.micro_batch = before // 2
-        self.listener.warn(f"out of memory with {before} conversations at once: going on with {self.micro_batch}; a "
+        self.listener.warn(f"out of memory with {before} {self.pieces} at once: going on with {self.micro_batch}; a "
                            "step still learns from the same ones")
 
     def _clip_grad_norm(self, model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from gemma_tune.answers.prompts import Prompt
 from gemma_tune.train.rewards import Scorer
 from gemma_tune.train.rollouts import Rollouts
 from support.command import rows, write_rows
+from support.llamas import save_opt
 from support.prepared import format_of, talk
 from support.templates import assistant, user
 
@@ -70,3 +72,29 @@ def test_where_all_were_cut_nothing_can_be_learned(cli, tiny):
     result = cli("train", *GRPO)
     assert result.code == 2 and "of all 4 `prepare --on-long truncate` has cut the end off" in result.err, result.err
     assert f"--max-length {2 * LIMIT}" in result.err and not (RUN / "logs").exists()
+
+
+def test_answers_that_the_context_has_no_room_for_are_told_or_refused(cli, tiny, tmp_path):
+    prepared(cli, tiny, "drop", rows(8))
+    for more in ((), ("--dry-run",)):
+        result = cli("train", *GRPO, "--max-new-tokens", 1020, "--batch-size", 1, "--answers", 2, "--max-steps", 1, *more)
+        [found] = re.findall(r"with --max-new-tokens ([0-9]+) all have the same room", result.err)
+    assert 900 < int(found) < 1020
+    assert "all have the same room" not in cli("train", *GRPO, "--max-new-tokens", found, "--dry-run").err
+    assert cli("train", *GRPO, "--max-new-tokens", int(found) + 1, "--dry-run").err.count("all have the same room") == 1
+    save_opt(tmp_path / "opt")
+    of_opt = ("--run", "runs/opt")
+    assert cli("prepare", "rows.jsonl", "--model", tmp_path / "opt", "--max-length", 64, *of_opt).code == 0
+    result = cli("train", *GRPO, "--max-new-tokens", 60, *of_opt)
+    assert result.code == 2 and "do not fit into the 64 positions of this model" in result.err, result.err
+    [found] = re.findall(r"Hint: gemma-tune train --run runs/opt --max-new-tokens ([0-9]+)", result.err)
+    assert cli("train", *GRPO, "--max-new-tokens", found, *of_opt, "--dry-run").code == 0
+    assert cli("train", *GRPO, "--max-new-tokens", int(found) + 1, *of_opt, "--dry-run").code == 2
+
+
+def test_a_prompt_that_fills_the_context_is_refused(cli, tiny):
+    done = cli("prepare", write_rows(Path("rows.jsonl"), [talk(1, name="word " * 600 + f"{n}.") for n in range(6)]), "--model", tiny,
+               "--max-length", 4096)
+    assert done.code == 0, done.err
+    result = cli("train", *GRPO)
+    assert result.code == 2 and "nothing is left for an answer" in result.err and "--max-length 1016" in result.err, result.err

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from support.command import write_rows
+from support.llamas import save_opt
 from support.prepared import (
     contents,
     format_of,
@@ -403,14 +404,7 @@ def test_rows_that_are_longer_than_the_model_was_made_for_are_told(cli, tiny, tm
 
 
 def test_a_table_of_positions_ends_somewhere(cli, tmp_path):
-    from transformers import OPTConfig, OPTForCausalLM
-
-    from support.llamas import save_random, tokenizer_with_turns
-
-    tokenizer = tokenizer_with_turns()
-    save_random(OPTForCausalLM(OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32,
-        max_position_embeddings=64)), tokenizer, tmp_path / "opt")
+    save_opt(tmp_path / "opt")
     long = [{"messages": [{"role": "user", "content": f"{n} " + "cat " * 60}, {"role": "assistant", "content": "yes"}]}
             for n in range(6)]
     assert cli("prepare", write_rows(tmp_path / "long.jsonl", long), "--model", tmp_path / "opt").code == 0

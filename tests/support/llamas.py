@@ -229,3 +229,13 @@ def make_stripping_phi(folder: Path) -> None:
         if token["content"] in ("<turn>", "<done>"):
             token |= {"lstrip": True, "rstrip": True}
     (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def save_opt(folder: Path) -> None:
+    """A tiny OPT, which looks its 64 positions up in a table."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    tokenizer = tokenizer_with_turns()
+    save_random(OPTForCausalLM(OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32,
+        max_position_embeddings=64)), tokenizer, folder)
