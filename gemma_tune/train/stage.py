@@ -57,6 +57,7 @@ from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, spee
 from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import plot, save_adapter
+from gemma_tune.train.reward_files import reward_files
 from gemma_tune.train.reward_program import refuse_missing
 from gemma_tune.train.rewards import Scorer
 from gemma_tune.train.shape import ModelShape
@@ -103,7 +104,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
         return (unfinished(checkpoints, manifest.finished_trainings) is not None
                 or go_on and not nothing_new(session, manifest))
 
-    report = run_stage(session, "train", partial(_train, go_on=go_on), elsewhere=start, unfinished=has_more,
+    report = run_stage(session, "train", partial(_train, go_on=go_on), reward_files(session), has_more, start,
                        long_work=_took_long, instead=instead)
     _after(session, report)
     if go_on and report.status == "up-to-date":

@@ -14,6 +14,7 @@ import torch
 from train.test_processes import python
 
 from gemma_tune.answers import draws
+from gemma_tune.train.grpo import RewardTrainer
 from gemma_tune.train.rollouts import Rollouts
 from support.command import MANIFEST_SCHEMA, copied_run, invoke, rows, write_rows
 from support.training import adapter_bytes, stop_at
@@ -123,6 +124,30 @@ def test_how_it_is_worked_on_changes_nothing(cli, prepared, monkeypatch):
             assert "out of memory while 16 answers were sampled at once: going on with 8" in said and tried[-1] <= 5
 
 
+def test_memory_that_runs_out_in_learning_is_said_of_answers(cli, prepared, monkeypatch):
+    plain, tried = RewardTrainer.compute_loss, []
+
+    def failing(self, model, inputs, *more, **named):
+        tried.append(len(inputs["lengths"]))
+        if "rows" in inputs and tried[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return plain(self, model, inputs, *more, **named)
+
+    monkeypatch.setattr(RewardTrainer, "probe", lambda self: 0.1)
+    monkeypatch.setattr(RewardTrainer, "compute_loss", failing)
+    result = cli("train", *GRPO, "--max-steps", 3, "--batch-size", 4, "--micro-batch", 16)
+    assert result.code == 0 and max(tried) > 2, result.err
+    assert "answers at once: going on with" in result.err and "conversations at once" not in result.err
+
+
+def test_one_learning_rate_alone_is_explained(cli, prepared):
+    said = cli("train", *GRPO, "--dry-run").err
+    assert "Google's own" not in said and "learning_rate" not in said
+    free = [flag for n, flag in enumerate(GRPO) if "--learning-rate" not in GRPO[max(0, n - 1):n + 1]]
+    said = cli("train", *free, "--dry-run").err
+    assert "learning_rate 1e-05: a step of grpo" in said and "Google's own" not in said
+
+
 def test_two_processes_learn_what_one_does(prepared):
     alone = shutil.copytree(prepared, prepared.with_name("alone"))
     flags = (*GRPO, "--max-steps", 3)
@@ -201,7 +226,7 @@ def test_a_reward_that_falls_keeps_the_adapter_apart(cli, prepared, monkeypatch)
     assert (prepared / "tiny-gemma_lora_adapter_worse").is_dir() and not (prepared / "tiny-gemma_lora_adapter").exists()
 
 
-def test_a_program_scores_a_training_and_its_failure_ends_it(cli, prepared):
+def test_a_program_scores_a_training_and_its_failure_ends_it(cli, prepared, tmp_path, monkeypatch):
     program = Path("score.py")
     text = ("import json, sys\nfor n, line in enumerate(sys.stdin):\n    one = json.loads(line)\n"
             "    assert one['prompt'][-1]['content'].startswith('Say number') and one['reference'].startswith('The number')\n"
@@ -210,6 +235,16 @@ def test_a_program_scores_a_training_and_its_failure_ends_it(cli, prepared):
     flags = (*ANY, "--reward", f'command:"{sys.executable}" score.py', "--max-steps", 2, "--save-steps", 1)
     assert cli("train", *flags).code == 0
     assert steps()[0]["rewards/command/mean"] == steps()[0]["reward"] > 0
+    inputs = json.loads((prepared / "manifest.json").read_text())["stages"]["train"]["inputs"]
+    assert [name for name in inputs if name.startswith("reward")] == ["reward_score.py"], "and not the interpreter"
+    monkeypatch.chdir(tmp_path.parent)
+    assert "up to date" in cli("train", "--run", tmp_path / RUN).err, "from another place"
+    monkeypatch.chdir(tmp_path)
+    assert "up to date" in cli("train").err and cli("status").code == 0
+    program.write_text(text.format(" * 2"))
+    assert "stale" in cli("status").err
+    again = cli("train")
+    assert again.code == 0 and "`train` runs again: score.py was changed" in again.err and "up to date" in cli("train").err
     program.write_text(text.format(" if n < 8 else 'many'"))
     failed = cli("train", *flags, "--force")
     assert failed.code == 1 and "wrote 'many', which is no finite number; it was given {" in failed.err and "Traceback" not in failed.err
