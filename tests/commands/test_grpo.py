@@ -235,8 +235,9 @@ def test_a_program_scores_a_training_and_its_failure_ends_it(cli, prepared, tmp_
     flags = (*ANY, "--reward", f'command:"{sys.executable}" score.py', "--max-steps", 2, "--save-steps", 1)
     assert cli("train", *flags).code == 0
     assert steps()[0]["rewards/command/mean"] == steps()[0]["reward"] > 0
-    inputs = json.loads((prepared / "manifest.json").read_text())["stages"]["train"]["inputs"]
-    assert [name for name in inputs if name.startswith("reward")] == ["reward_score.py"], "and not the interpreter"
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    jsonschema.validate(manifest, MANIFEST_SCHEMA)
+    assert [name for name in manifest["stages"]["train"]["inputs"] if name.startswith("reward")] == ["reward_score.py"], "and not the interpreter"
     monkeypatch.chdir(tmp_path.parent)
     assert "up to date" in cli("train", "--run", tmp_path / RUN).err, "from another place"
     monkeypatch.chdir(tmp_path)
