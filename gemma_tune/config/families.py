@@ -10,8 +10,7 @@ SMALL = 1_000_000_000
 # Of an adapter's learning rate, what all weights learn with: Schulman et al. 2025, "LoRA Without Regret", found the
 # best one of LoRA to be about ten times as high, whatever the model.
 OF_ALL_WEIGHTS = 0.1
-# Ten times what TRL's GRPOTrainer trains all weights with.
-GRPO_RATE = 1e-5
+GRPO_RATE, GRPO_RATE_OF_ALL_WEIGHTS = 1e-5, 1e-6  # the second as TRL's GRPOTrainer has it
 
 
 def family_defaults(config: Mapping[str, Any], section: str) -> tuple[dict[str, Any], list[str]]:
@@ -44,7 +43,7 @@ def full_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 def preference_defaults(method: str, full: bool = False) -> tuple[dict[str, Any], str]:
     """Settings of a training that learns preferences, or from rewards, and why: for a model of any size."""
     if method == "grpo":
-        return ({"learning_rate": GRPO_RATE * (OF_ALL_WEIGHTS if full else 1)},
+        return ({"learning_rate": GRPO_RATE_OF_ALL_WEIGHTS if full else GRPO_RATE},
                 "TRL's own for grpo" if full else "a step of grpo learns from the luck of a few answers, which takes "
                                                   "less; it is ten times TRL's 1e-6 for all weights")
     return ({"learning_rate": 5e-5 * (OF_ALL_WEIGHTS if full else 1)},

@@ -1,7 +1,7 @@
 """A program of the user's that scores answers: it reads an answer on each line, and writes a number for each.
 
-It is started once, without a shell, and ends when its standard input does. All answers of a step are written to it
-before the first number has to be there, so that it can work on several at once.
+Each process of a training starts one, once and without a shell; it ends when its standard input does. All answers of a
+step are written to it before the first number has to be there, so that it can work on several at once.
 """
 
 from __future__ import annotations
