@@ -88,7 +88,7 @@ def test_the_adapter_is_that_of_rows_encoded_by_hand(cli, prepared, monkeypatch)
     sides = [Dataset.from_dict(dict(zip(("input_ids", "labels"), zip(*rows))) | {"pictures": [b""] * len(rows)}) for rows in hands]
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(train, "prepared_sequences", lambda session: asked.append(session) or sides)
+        patch.setattr(train, "prepared_sequences", lambda session, listener=None: asked.append(session) or sides)
         patch.setattr(job, "trained_of",
                       lambda rows: np.array([sum(n != -100 for n in labels[1:]) for labels in rows["labels"]]))
         assert cli("train", *QUICK, "--force").code == 0
