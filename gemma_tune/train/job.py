@@ -167,23 +167,28 @@ def _refuse_beyond_positions(session: Session, shape: ModelShape, longest: int) 
     Raises:
         UserError: there are such rows.
     """
-    import torch
-
-    context, what = context_length(session.model.config), "rows"
-    again, left = command("prepare", session.run.root, "--max-length", str(context)), None
-    if session.config.method == "grpo":
-        left = left_for_answers(session, longest - session.config.max_new_tokens)
-        again = command("train", session.run.root, "--max-new-tokens", str(left))
-        what = "prompts with answers"
+    sampled = session.config.max_new_tokens if session.config.method == "grpo" else 0
+    left = left_for_answers(session, longest - sampled) if sampled else None
+    context = context_length(session.model.config)
     if not context or longest <= context:
         return
-    words = shape.model.get_base_model().get_input_embeddings()
-    if any(isinstance(m, torch.nn.Embedding) and m is not words and context <= m.num_embeddings <= context + 2
-           for m in shape.model.modules()):
+    if _has_a_table(shape.model, context):
+        what, again = "rows", command("prepare", session.run.root, "--max-length", str(context))
+        if sampled:
+            what, again = "prompts with answers", command("train", session.run.root, "--max-new-tokens", str(left))
         raise UserError(f"{what} of up to {longest:,} tokens do not fit into the {context:,} positions of this model",
                         again)
     if left is not None:
         tell_of_short_answers(session, left)
+
+
+def _has_a_table(model: Any, context: int) -> bool:
+    """Whether a model looks so many positions up."""
+    import torch
+
+    words = model.get_base_model().get_input_embeddings()
+    return any(isinstance(m, torch.nn.Embedding) and m is not words and context <= m.num_embeddings <= context + 2
+               for m in model.modules())
 
 
 def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks, shown: Shown | None = None,

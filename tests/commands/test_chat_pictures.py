@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gemma_tune.answers.generation import _cut, prompt_ids
+from gemma_tune.answers.generation import answer_of, prompt_ids
 from gemma_tune.answers.prompts import Prompt
 from gemma_tune.answers.stream import Pieces
 from gemma_tune.base.checkpoint import read_config
@@ -75,7 +75,7 @@ def expected(run: Path, base: Path, turns: list[dict], adapter: bool = True, *, 
                              temperature=None, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0], **shown, **marks)
     written = out[0, ids.shape[1]:].tolist()
     if batch:
-        return _cut(chat, written).text
+        return answer_of(chat, written).text
     pieces = Pieces(chat)  # of bytes that are no characters it makes others than all of them together
     for token in written:
         pieces.take([token])
