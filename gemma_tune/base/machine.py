@@ -233,6 +233,15 @@ def occupy_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
+def free_unused(device: str) -> None:
+    """Give back the memory of what nobody refers to any more; a CUDA GPU's to other programs as well."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of CUDA, Apple's GPU, the CPU allocator or Python means that memory ran out."""
     # The last is of a tensor that is larger than Metal gives out at once, whatever else there is.

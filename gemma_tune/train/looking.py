@@ -6,7 +6,6 @@ text model, and not beside it.
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.answers.sight import Seen, beside
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.machine import free_unused
 from gemma_tune.base.words import counted, gigabytes
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import Eye, blindness, size_of
@@ -199,7 +199,6 @@ def look(shown: Shown, checkpoint: Path, placement: Placement, refuse_bad_weight
         UserError: a picture cannot be read, or the processes do not see each other's files.
         WorkFailed: what was seen cannot be kept.
     """
-    import torch
 
     names = shown.share
     if not processes.most(len(names)):
@@ -216,9 +215,7 @@ def look(shown: Shown, checkpoint: Path, placement: Placement, refuse_bad_weight
             raise unreadable(shown.run, e) from e
         listener.progress("looking at pictures", done, len(names))
     del towers
-    gc.collect()
-    if placement.device == "cuda":
-        torch.cuda.empty_cache()
+    free_unused(placement.device)
     processes.wait_for_all()
     if missing := shown.unseen:
         raise UserError(f"what another process saw in {missing[0]} is not in {shown.seen.folder}",

@@ -8,7 +8,6 @@ they were sampled is 1, and the clipping of that ratio has no effect; its gradie
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from gemma_tune.answers import decoders
 from gemma_tune.answers.draws import drawn_tokens
 from gemma_tune.answers.generation import context_of
 from gemma_tune.answers.lengths import MOST_ROWS, by_length
-from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.base.machine import free_unused, is_out_of_memory
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.loss import IGNORE_INDEX
@@ -164,9 +163,7 @@ class Rollouts:
     def forget(self) -> None:
         """Free the memory of what sampling keeps from step to step."""
         decoders.forget(self.trainer.causal_lm)
-        gc.collect()
-        if self.trainer.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_unused(self.trainer.accelerator.device.type)
 
 
 def to_learn(found: Sequence[Rollout]) -> dict[str, Any]:

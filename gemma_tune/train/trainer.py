@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from gemma_tune.base.files import os_errors, remove
 from gemma_tune.base.listener import Listener
-from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.base.machine import free_unused, is_out_of_memory
 from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.lora.layers import saved_weights
 from gemma_tune.lora.whole import head_once
@@ -275,9 +275,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         return part | {"seen": self.shown.inputs(part["input_ids"], part[PICTURES], self.accelerator.device)}
 
     def _halve_micro_batch(self, rows: int) -> None:
-        gc.collect()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_unused(self.accelerator.device.type)
         before = min(self.micro_batch, rows)  # the last batch of an epoch can have fewer
         self.micro_batch = before // 2
         self.listener.warn(f"out of memory with {before} {self.pieces} at once: going on with {self.micro_batch}; a "

@@ -8,7 +8,6 @@ candidates of one rank.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch
 from transformers import DefaultFlowCallback, TrainerCallback
 
 from gemma_tune.base.errors import WorkFailed
-from gemma_tune.base.machine import is_out_of_memory
+from gemma_tune.base.machine import free_unused, is_out_of_memory
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.start import load_start, names_in, weights_of
@@ -247,9 +246,7 @@ class Trials:
         self.model = self._trainer.model.unload()
         vars(self.model).pop("forward", None)  # which TRL and we have put there
         self._trainer, self.rank = None, None
-        gc.collect()
-        if self.placement.device == "cuda":
-            torch.cuda.empty_cache()
+        free_unused(self.placement.device)
 
     @contextlib.contextmanager
     def _memory_errors(self) -> Iterator[None]:
