@@ -157,6 +157,16 @@ def opening(text: str, most: int = 80) -> str:
     return " ".join(text[: 2 * most].split())[:most]
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of so many characters at most: of a longer one the beginning and the end, which say where it is and what
+    is wrong.
+
+    >>> shortened("row 3 says abcdefgh, which is no role", 24)
+    'row 3 says a… is no role'
+    """
+    return text if len(text) <= most else f"{text[:most // 2]}…{text[len(text) + 1 - (most + 1) // 2:]}"
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its name where it says nothing."""
     said = str(error).strip().splitlines()

@@ -25,7 +25,7 @@ from gemma_tune.chat.voice import Voice
 from gemma_tune.data.conversations import layouts
 from gemma_tune.data.conversations.layouts import SYSTEMS
 from gemma_tune.data.conversations.pictures import COLUMNS, beside
-from gemma_tune.data.conversations.problems import Problem, damaged
+from gemma_tune.data.conversations.problems import Problem, damaged, in_words
 from gemma_tune.data.conversations.tools import declarations
 from gemma_tune.data.conversations.turns import Turn, conversation
 
@@ -205,7 +205,7 @@ def _conversation_in(row: dict[str, Any], where: str) -> tuple[list[Turn], list[
 
 def _refuse(problems: list[Problem], where: str) -> None:
     if problems:
-        raise UserError(f"{where}: {'; '.join(problem.reason for problem in problems)}", problems[0].fix)
+        raise UserError(f"{where}: {in_words(problems)}", problems[0].fix)
 
 
 def open_input(name: str) -> tuple[TextIO, str, bool]:

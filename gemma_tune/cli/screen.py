@@ -21,9 +21,19 @@ from rich.table import Table
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.secrets import redact, redacted
-from gemma_tune.base.words import is_text, json_visible, size_text, small_size, visible, without_commands
+from gemma_tune.base.words import (
+    is_text,
+    json_visible,
+    shortened,
+    size_text,
+    small_size,
+    visible,
+    without_commands,
+)
 from gemma_tune.cli.hints import in_run
 from gemma_tune.train import processes
+
+_LONGEST = 1000  # characters of a message of an error, and of each finding in it: a name in it can be a whole text
 
 
 class Text(rich.text.Text):
@@ -176,9 +186,9 @@ def figures_table(title: str, rows: Mapping[str, Any]) -> Table:
 
 def error(problem: UserError) -> None:
     """One message, its single findings, and one hint."""
-    prose(Text.assemble(("Error: ", "bold red"), problem.message))
+    prose(Text.assemble(("Error: ", "bold red"), shortened(problem.message, _LONGEST)))
     for line in problem.problems:
-        prose(Text(f"  - {line}"))
+        prose(Text(f"  - {shortened(line, _LONGEST)}"))
     if problem.hint:
         prose(Text.assemble(("Hint: ", "bold cyan"), in_run(problem.hint)))
 

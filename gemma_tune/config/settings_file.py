@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.base.errors import UserError
-from gemma_tune.base.words import counted, full_width, near, shown, visible
+from gemma_tune.base.words import counted, full_width, near, shortened, shown, visible
 from gemma_tune.config.habits import meant_in_file
 from gemma_tune.config.settings import no_name, plain, problem_of, taken, types_of
 from gemma_tune.config.stages import CONFIGS
@@ -26,6 +26,7 @@ _AN_ADAPTER = "an adapter is what is trained here, and with `qlora: true` below 
 # As Axolotl names them, where the setting here is a directory; all weights are trained where it is left empty.
 _KINDS_OF_ADAPTERS = {"lora": _AN_ADAPTER, "qlora": _AN_ADAPTER, "": "all weights are trained with `full: true` below "
                                                                      "`train:`, and an adapter without"}
+_LONGEST_NAME = 60  # characters of a name that nobody knows, in a message
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what "C:\temp\new" holds in YAML's double quotes
 
 
@@ -108,9 +109,10 @@ def _yaml_problems(content: Mapping[str, Any]) -> Iterator[str]:
             habit = meant_in_file(str(key))
             if key == "adapter" and (kind := str(section or "").lower()) in _KINDS_OF_ADAPTERS:
                 above, habit = [], _KINDS_OF_ADAPTERS[kind]
-            yield (f"{key}: it belongs below {' or '.join(above)}, indented" if above else
-                   f"{key}: unknown section; {habit}" if habit else
-                   f"{key}: unknown section{full_width(str(key)) or near(str(key), [*TEXTS, *CONFIGS])}")
+            called = shortened(str(key), _LONGEST_NAME)
+            yield (f"{called}: it belongs below {' or '.join(above)}, indented" if above else
+                   f"{called}: unknown section; {habit}" if habit else
+                   f"{called}: unknown section{full_width(str(key)) or near(str(key), [*TEXTS, *CONFIGS])}")
         elif section is None:  # all its settings are commented out
             continue
         elif not isinstance(section, dict):
@@ -121,7 +123,7 @@ def _yaml_problems(content: Mapping[str, Any]) -> Iterator[str]:
             for name, value in section.items():
                 if name not in known:
                     habit = None if str(name).replace("-", "_") in known else meant_in_file(str(name))
-                    yield f"{key}.{name}: unknown setting" + (
+                    yield f"{key}.{shortened(str(name), _LONGEST_NAME)}: unknown setting" + (
                         f"; {habit}" if habit else full_width(str(name)) or near(str(name), known))
                 elif (problem := problem_of(known[name], kinds[name], taken(known[name], kinds[name], value))):
                     yield f"{key}.{problem}"

@@ -16,7 +16,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats
-from gemma_tune.data.conversations.problems import RowError
+from gemma_tune.data.conversations.problems import RowError, in_words
 from gemma_tune.data.conversations.unread import Unread
 from gemma_tune.data.reading.rows import TEXT
 from gemma_tune.data.reading.sources import Row, Source, read_blocks
@@ -96,7 +96,7 @@ def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig, showing
             if any("pictures" in turn for turn in example.messages or ()):
                 example = replace(example, messages=showing(row, example.messages))
         except RowError as e:
-            faults.append(f"{row.file}:{row.line}: {'; '.join(f'{p.reason} ({p.fix})' for p in e.problems)}")
+            faults.append(f"{row.file}:{row.line}: {in_words(e.problems, with_fixes=True)}")
         else:
             good.append((row, example.as_row(), example.unread))
     found = []

@@ -30,6 +30,7 @@ from gemma_tune.data.conversations.checks import TextChecks
 from gemma_tune.data.conversations.formats import Formats, Problem, RowError
 from gemma_tune.data.conversations.kept_pictures import NoticedPictures, Pictures, not_looked_at
 from gemma_tune.data.conversations.layouts import with_calls_as_text
+from gemma_tune.data.conversations.problems import in_words
 from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
@@ -70,7 +71,7 @@ class Rejected:
         return f"{self.row.file}:{self.row.line}"
 
     def __str__(self) -> str:
-        return f"{self.place}: {'; '.join(p.reason for p in self.problems)}"
+        return f"{self.place}: {in_words(self.problems)}"
 
     def record(self) -> dict[str, Any]:
         """As it is kept in rejected.jsonl: nothing of the row is lost."""

@@ -16,6 +16,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, near
 from gemma_tune.config.settings import value_in_words
 from gemma_tune.config.stages import PrepareConfig
+from gemma_tune.data.conversations.problems import in_words
 from gemma_tune.data.conversations.uneven import IN_WORDS
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.ollama.template import layout_of, tools_are_lost
@@ -172,7 +173,7 @@ def _listed(findings: Findings, refused: Path) -> list[str]:
     """Rejected rows with what to do; those with the same fault in one line."""
     groups: dict[str, list[str]] = {}
     for item in findings.examples:
-        said = f"{'; '.join(p.reason for p in item.problems)} ({item.problems[0].fix})"
+        said = f"{in_words(item.problems)} ({item.problems[0].fix})"
         groups.setdefault(said, []).append(item.place)
     shown = list(groups.items())[:NAMED]
     lines = [f"{places[0]}{_and_more(places)}: {said}" for said, places in shown]

@@ -88,6 +88,36 @@ def test_several_problems_are_reported_together(cli, tiny):
     check(result, 2, "3 of 5 rows cannot be used", "rows.jsonl:3:", "rows.jsonl:4:", "rows.jsonl:5:", "--max-rejected")
 
 
+LONG = "revenue rose twenty percent " * 400
+CALLED = {"id": "1", "type": "function", "function": {"name": LONG, "arguments": "{}"}}
+LONG_ROWS = {
+    "a function's name": ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [CALLED]},
+        {"role": "tool", "tool_call_id": "1", "content": "r"}, {"role": "assistant", "content": "b"}]},
+        ["rows.jsonl:1: turn 2 calls revenue rose", "which `tools` does not declare"]),
+    "many turns": ({"messages": [{"role": f"robot{n}", "content": LONG} for n in range(30)]},
+                   ["rows.jsonl:1: turn 1 has the role 'robot0'", "; and 15 more problems"]),
+}
+
+
+@pytest.mark.parametrize("case", LONG_ROWS)
+def test_an_error_about_a_long_row_fills_no_screen(cli, trained, case):
+    row, texts = LONG_ROWS[case]
+    write_rows(Path("rows.jsonl"), [row])
+    for args in (("prepare", "rows.jsonl"), ("eval", "--data", "rows.jsonl")):
+        result = cli(*args, "--run", trained)
+        check(result, 2, *texts)
+        assert max(map(len, result.err.splitlines())) < 800
+
+
+def test_an_error_about_a_long_setting_or_argument_fills_no_screen(cli, trained):
+    Path("some.yaml").write_text(f"train:\n  {LONG[:900]}: 1\n")
+    for args, said in ((("train", "--config", "some.yaml"), "train.revenue rose"), (("prepare", LONG), "there is no file revenue rose")):
+        result = cli(*args, "--run", trained)
+        check(result, 2, said, "…")
+        assert len(result.err) < 1500
+
+
 @pytest.mark.parametrize("args", [["train"], ["chat", "--prompt", "x"], ["eval"], ["merge"], ["export-ollama"], ["status"]])
 def test_there_is_no_run(cli, args):
     check(cli(*args), 2, "there is no run under runs/", "gemma-tune prepare")

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_tune.base.words import counted, shortened
+
 MOST_PROBLEMS = 20  # of one row; a conversation of a thousand broken turns needs no thousand sentences
+_LONGEST = 300  # characters of a reason: a name in a row can be as long as the row
+_SAID = 5  # reasons of one row that a message has
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One reason why a row cannot be used: ``code`` for programs, ``reason`` for people, ``fix`` a suggestion."""
+    """One reason why a row cannot be used: ``code`` for programs, ``reason`` for people, ``fix`` a suggestion.
+
+    A reason that quotes too much of the row is shortened in the middle.
+    """
 
     code: str
     reason: str
     fix: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", shortened(self.reason, _LONGEST))
 
 
 class RowError(Exception):
@@ -38,6 +48,13 @@ class RowError(Exception):
 
     def __str__(self) -> str:
         return self.problems[0].reason
+
+
+def in_words(problems: Sequence[Problem], with_fixes: bool = False) -> str:
+    """What is wrong with a row, as the end of a message: the first problems, and how many more there are."""
+    said = [f"{p.reason} ({p.fix})" if with_fixes else p.reason for p in problems[:_SAID]]
+    more = len(problems) - _SAID
+    return "; ".join([*said, f"and {counted(more, 'more problem')}"] if more > 0 else said)
 
 
 # White space, and characters that take no place on a screen: such a text says nothing.
