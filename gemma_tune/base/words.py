@@ -151,7 +151,7 @@ def shown(value: Any) -> str:
 def opening(text: str, most: int = 80) -> str:
     """The first characters of a text, on one line.
 
-    >>> opening("  What is\n\na bond?", 7)
+    >>> opening("  What is\\n\\na bond?", 7)
     'What is'
     """
     return " ".join(text[: 2 * most].split())[:most]

@@ -155,7 +155,8 @@ def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: b
         elif f.metadata.get("apart"):
             flags += [word for one in value for word in (f"--{name}", one)]
         else:
-            flags += [f"--{name}", ",".join(value) if isinstance(value, (list, tuple)) else f"{value}"]
+            several = isinstance(value, (list, tuple))
+            flags += [f"--{name}", ",".join(map(value_in_words, value)) if several else value_in_words(value)]
     return flags
 
 
@@ -169,9 +170,15 @@ def in_words(settings: Mapping[str, Any]) -> str:
 
 
 def value_in_words(value: Any) -> str:
-    """A setting's value as an option takes it; ``not set`` where there is none."""
+    """A setting's value as an option takes it; ``not set`` where there is none.
+
+    >>> value_in_words(400.0), value_in_words((2e-4, 1.0)), value_in_words(0.5)
+    ('400', '0.0002,1', '0.5')
+    """
     if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value)) or "none"
+        return ",".join(map(value_in_words, value)) or "none"
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        return str(int(value))
     return "not set" if value is None else str(value)
 
 
@@ -248,6 +255,7 @@ _SEVERAL = {str: "text", int: "whole numbers", float: "numbers"}
 
 
 _PAIRS = ("columns", "roles", "turn_keys", "parameter")  # settings whose items name something and what it is
+_EXACT = 2 ** 53  # above it a float is no longer every whole number
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 
 

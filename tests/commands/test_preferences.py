@@ -302,7 +302,7 @@ def test_pairs_after_an_interrupted_training_of_answers_are_learned_as_pairs(cli
         stopped = cli("train", *flags, "--json")
     shown = stopped.json["error"]["hint"].partition(", or: ")[2]
     assert shown == cli("status", "--json").json["next"] == (
-        "gemma-tune train --run runs/tiny-gemma --rank 4 --epochs 2.0 --dtype fp32 --samples 0")
+        "gemma-tune train --run runs/tiny-gemma --rank 4 --epochs 2 --dtype fp32 --samples 0")
     result = cli(*(shlex.split(shown)[1:] if as_shown else ("train",)), "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 2, result.err
     config = json.loads((RUN / "manifest.json").read_text())["stages"]["train"]["config"]

@@ -901,7 +901,7 @@ def test_settings_of_a_training_are_kept(cli, prepared):
     before = adapter_bytes(prepared)
     again = cli("train", "--json")
     assert again.code == 0 and again.json["status"] == "up-to-date", again.err
-    assert "settings as before: rank 3, learning_rate 0.001, epochs 1.0, dtype fp32" in again.err
+    assert "settings as before: rank 3, learning_rate 0.001, epochs 1, dtype fp32" in again.err
     assert adapter_bytes(prepared) == before
     other = cli("train", "--rank", 5)
     assert other.code == 0 and "`train` runs again: rank: 3 -> 5" in other.err
@@ -934,7 +934,7 @@ def test_an_interrupted_training_is_finished_by_train_alone(cli, prepared, monke
     assert planned["steps"] == 6
     result = cli("train", "--json")
     assert result.code == 0, result.err
-    assert "settings of the interrupted training: rank 16, epochs 2.0, seed 7" in result.err
+    assert "settings of the interrupted training: rank 16, epochs 2, seed 7" in result.err
     assert result.json["summary"]["resumed_from_step"] == 2 and result.json["summary"]["steps"] == 6
 
 

@@ -611,3 +611,10 @@ def test_a_half_written_file(tmp_path, text, hint):
 def test_values_are_told_as_options_take_them():
     assert value_in_words(("a.csv", "b.csv")) == "a.csv,b.csv" and value_in_words([]) == "none"
     assert value_in_words(None) == "not set" and value_in_words(0) == "0" and value_in_words("x") == "x"
+    assert value_in_words((2e-4, 1.0)) == "0.0002,1" and value_in_words(1e300) == "1e+300"
+
+
+@pytest.mark.parametrize("value, shown", [(400.0, "400"), (0.5, "0.5"), (1234.5678, "1234.5678")])
+def test_whole_numbers_are_shown_whole(value, shown):
+    flags = as_flags(TrainConfig, {"epochs": value})
+    assert flags == ["--epochs", shown] and resolve(TrainConfig, {"epochs": float(flags[1])}).config.epochs == value

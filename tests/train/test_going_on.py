@@ -182,7 +182,7 @@ def test_without_it_the_message_says_that_it_exists(cli, steady):
     refused = cli("train", "--epochs", 2, "--json")
     assert refused.code == 2
     shown = re.search(r"go on from it: (gemma-tune train .*?); or add --force", refused.json["error"]["hint"])[1]
-    assert shown == "gemma-tune train --run runs/tiny-gemma --continue --epochs 2.0"
+    assert shown == "gemma-tune train --run runs/tiny-gemma --continue --epochs 2"
     assert f"to go on from the end of the finished training instead: {shown}" in refused.err
     assert "instead:" not in cli("train", "--rank", 8, "--epochs", 2).err
     planned = cli(*shlex.split(shown)[1:], "--dry-run")

@@ -74,7 +74,7 @@ def test_it_begins_where_the_adapter_is(cli, prepared, tiny, tmp_path, monkeypat
     given = made(tiny, tmp_path / "given", **EVERYTHING)
     expected, tensors = loss_of(tiny, given, prepared), load_file(given / "adapter_model.safetensors")
     result = cli("train", "--from-adapter", given, "--dtype", "fp32", "--learning-rate", 0, "--max-steps", 2)
-    assert "starting from the adapter ../../given: rank 4, alpha 6.0, rslora True, dora True" in result.err
+    assert "starting from the adapter ../../given: rank 4, alpha 6, rslora True, dora True" in result.err
     assert result.code == 1 and "changed nothing" in result.err and not (prepared / ADAPTER.name).exists()
     assert first_loss() == pytest.approx(expected, rel=2e-5)
     after = load_file(prepared / "training_checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
