@@ -25,7 +25,7 @@ class MethodConfig:
                                          "answer alone: `json`, `ended`, `regex:PATTERN`. `command:PROGRAM ARGS` asks "
                                          "a program of yours. A pattern or program goes on to the end of what the "
                                          "option is given, its weight stands before it, as in regex=0.5:PATTERN.",
-                                     auto="none", apart=rewards.apart)
+                                     auto="none", apart=rewards.apart, repeated=True)
     answers: int = option(8, "Answers that GRPO samples for each prompt; they are compared with each other.", least=2,
                           most=64)
     max_new_tokens: int = option(256, "Longest answer in tokens that GRPO samples.", least=1, most=1 << 24)

@@ -57,7 +57,8 @@ class ExportConfig(StageConfig):
     system: str | None = option(None, "System prompt to put into the Modelfile; an empty one for none.",
                                 auto="the data's, where every conversation has the same one", prose=True)
     parameter: tuple[str, ...] = option((), "Parameter of the model in Ollama, such as temperature=0.3; may be "
-                                            "repeated.", auto="the base model's own sampling settings", prose=True)
+                                            "repeated.", auto="the base model's own sampling settings", prose=True,
+                                     repeated=True)
     num_ctx: int | None = option(None, "Context length in Ollama.", least=16, most=MOST_TOKENS,
                                  auto="at least 4096 and the longest length in training", group="advanced")
     calibration: bool | str = option("rows", "Round to eight bits and fewer by what the matrices are multiplied with "

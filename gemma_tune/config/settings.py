@@ -30,7 +30,8 @@ def option(default: Any, help: str, *, least: float | None = None, most: float |
     ``default=None`` means that the value follows the model's family or the data; ``auto="…"`` says how. ``group``
     is where ``--help`` has it: common, data, speed or advanced. ``counts`` is what a number is of, for one that is too
     large; ``habit`` turns what people write into the choice that they mean, for the error that suggests it. ``apart``
-    takes the texts of a list apart, where commas alone do not; its option then is given once for each.
+    takes the texts of a list apart, where commas alone do not. The option of a ``repeated`` one is given once for each
+    text, as a comma may be in it.
     """
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices, **extra})
 
@@ -152,8 +153,8 @@ def as_flags(cls: type[StageConfig], settings: Mapping[str, Any], *, defaults: b
         name = f.name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
-        elif f.metadata.get("apart"):
-            flags += [word for one in value for word in (f"--{name}", one)]
+        elif f.metadata.get("repeated"):
+            flags += [word for one in value for word in (f"--{name}", f"{one}")]
         else:
             several = isinstance(value, (list, tuple))
             flags += [f"--{name}", ",".join(map(value_in_words, value)) if several else value_in_words(value)]

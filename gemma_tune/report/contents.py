@@ -227,9 +227,8 @@ def _commands(manifest: Manifest, settings: Mapping[str, Mapping[str, Any]]) -> 
             words += ["--model", model] if model != DEFAULT_MODEL else []
             revision = manifest.model.get("revision")
             words += ["--revision", revision] if revision else []
-        left_out = (*_OF_THE_PLACE, "parameter", *(["data"] if name == "prepare" else []))
+        left_out = (*_OF_THE_PLACE, *(["data"] if name == "prepare" else []))
         with _whatever_is_there():
-            words += [word for one in chosen.get("parameter") or () for word in ("--parameter", f"{one}")]
             words += as_flags(CONFIGS[name], {key: value for key, value in chosen.items() if key not in left_out})
         found.append(shell.join([*words, "--run", "."]))
     return found

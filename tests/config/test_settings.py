@@ -614,6 +614,11 @@ def test_values_are_told_as_options_take_them():
     assert value_in_words((2e-4, 1.0)) == "0.0002,1" and value_in_words(1e300) == "1e+300"
 
 
+def test_texts_with_commas_in_them_are_given_one_by_one():
+    flags = as_flags(ExportConfig, {"quant": ["q8_0", "f16"], "parameter": ["stop=a,b", "temperature=0.3"]}, defaults=True)
+    assert flags == ["--quant", "q8_0,f16", "--parameter", "stop=a,b", "--parameter", "temperature=0.3"]
+
+
 @pytest.mark.parametrize("value, shown", [(400.0, "400"), (0.5, "0.5"), (1234.5678, "1234.5678")])
 def test_whole_numbers_are_shown_whole(value, shown):
     flags = as_flags(TrainConfig, {"epochs": value})
