@@ -83,7 +83,7 @@ def test_every_setting_is_there_with_where_it_came_from(cli, trained):
         assert part in about
     assert str(Path.cwd()) not in FILE.read_text()
     [told] = [line for line in done.err.splitlines() if "settings: " in line]
-    assert "rank 4 (given)" in told and "alpha 16.0 (of a settings file)" in told and "runs/tiny-gemma/train.yaml" in told
+    assert "rank 4 (given)" in told and "alpha 16 (of a settings file)" in told and "runs/tiny-gemma/train.yaml" in told
     assert "warmup" not in told
     again = cli("train", "--config", FILE, "--force").err
     [told] = [line for line in again.splitlines() if "settings: " in line]
