@@ -82,8 +82,12 @@ def csv_blocks(source: Source, size: int = BLOCK, listener: Listener | None = No
 
 
 def _is_again(cells: Sequence[str], header: Sequence[str]) -> bool:
-    """Whether a row says what the header does; of one column alone that may be a text."""
-    return len(header) > 1 and all(map(str.__eq__, map(_bare, cells), map(_bare, header)))
+    """Whether a row says what the header does, in capitals or not; of one column alone that may be a text."""
+    return len(header) > 1 and all(map(_is_called, map(_bare, cells), map(_bare, header)))
+
+
+def _is_called(cell: str, name: str) -> bool:
+    return len(cell) == len(name) and cell.lower() == name.lower()  # most cells are told by their length
 
 
 def _bare(cell: str) -> str:

@@ -53,7 +53,7 @@ def test_a_file_that_is_all_utf_8_is_not_of_several_encodings(monkeypatch, tmp_p
     assert raised.value.hint == "name another one with --encoding, or leave it out for UTF-8"
 
 
-@pytest.mark.parametrize("again", ["q,a", "\ufeffq,a", '"q","a"', '\ufeff"q","a"', "q , a", "q\u3000,a"])
+@pytest.mark.parametrize("again", ["q,a", "\ufeffq,a", '"q","a"', '\ufeff"q","a"', "q , a", "q\u3000,a", "Q,A", "q,A"])
 def test_a_header_that_stands_there_again_is_no_row_to_learn(monkeypatch, tmp_path, again):
     monkeypatch.chdir(tmp_path)
     Path("rows.csv").write_text(f"q,a\n1,2\n{again}\n3,4\n")
