@@ -21,6 +21,7 @@ from gemma_tune.data.reading.card import configuration
 from gemma_tune.data.reading.names import (
     AS_TEXT,
     KINDS,
+    REPORT,
     SAVED,
     UNSAID,
     How,
@@ -156,7 +157,7 @@ def _saved(folder: Path) -> list[Path] | None:
 
 def is_run(folder: Path, keep: Path) -> bool:
     """Whether a directory is that of a run, or of the tokens in it, or ``keep``."""
-    if folder.name == "tokens" and (folder.parent / "report.json").exists():  # of a run's data, the rows once more
+    if folder.name == "tokens" and (folder.parent / REPORT).exists():  # of a run's data, the rows once more
         return True
     return folder.resolve() == keep.resolve() or (folder / "manifest.json").exists() and (folder / "data").is_dir()
 

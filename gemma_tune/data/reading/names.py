@@ -25,6 +25,8 @@ _ABOUT = ("readme", "license", "licence")  # how texts begin that lie beside dat
 # What `prepare` leaves out, and why; also beside no manifest, where it refused the rows.
 LEFT_OUT = ("rejected.jsonl", "duplicates.jsonl")
 _RECORD = re.compile(rb'\{"file": ?".*?", ?"line": ?\d+, ?"(?:code|same_as)": ?"')
+REPORT = "report.json"  # of a run's data, which stands beside its rows
+_REPORTED = re.compile(rb'\{\s*"rows": ?\d+,\s*"train_rows": ?\d+')
 _OPENING = 10_000  # bytes of a line that show what it is
 
 
@@ -93,17 +95,19 @@ def _ending(path: Path) -> str:
 def describes_data(path: Path) -> bool:
     """Whether a file is about a dataset, and holds none of its rows."""
     if path.name in LEFT_OUT:
-        return _left_out(path)
+        first = _opening(path, one_line=True)
+        return first is not None and (not first or _RECORD.match(first) is not None)
+    if path.name == REPORT:
+        return _REPORTED.match(_opening(path) or b"") is not None
     if path.name == SAVED:
         return path.with_name("dataset_info.json").exists()
     return path.name in _DESCRIPTIONS or path.name.startswith("cache-") and path.suffix == ".arrow"
 
 
-def _left_out(path: Path) -> bool:
-    """Whether a file is empty, or has rows as `prepare` writes those that it leaves out."""
+def _opening(path: Path, one_line: bool = False) -> bytes | None:
+    """How a file begins; None where it cannot be read, which whoever takes it will say."""
     try:
         with open(path, "rb") as f:
-            first = f.readline(_OPENING)
+            return f.readline(_OPENING) if one_line else f.read(_OPENING)
     except OSError:
-        return False
-    return not first or bool(_RECORD.match(first))
+        return None

@@ -352,6 +352,16 @@ def test_what_prepare_left_out_is_no_data_also_beside_no_manifest(cli, tiny, mon
     assert found("work") == ["work/chats.jsonl", "work/rejected.jsonl"]
 
 
+def test_the_report_of_a_runs_data_is_none_of_its_rows(cli, tiny, data):
+    assert cli("prepare", data, "--model", tiny, "--run", "run").code == 0
+    Path("run/data").rename("data")
+    said = Said()
+    assert found("data", said=said) == ["data/train.jsonl"] and "report.json" in " ".join(said.notes)
+    assert found("data", held_out=True) == ["data/valid.jsonl"]
+    Path("data/report.json").write_text(json.dumps(rows(3)))  # of another program, which has rows in it
+    assert found("data") == ["data/report.json", "data/train.jsonl"]
+
+
 def test_rows_that_are_refused_for_another_reason_leave_no_list_of_bad_ones(cli, tiny, tmp_path):
     good = write_rows(tmp_path / "one.jsonl", rows(1))
     assert cli("prepare", good, "--model", tiny, "--valid", 5, "--run", "run").code == 2
