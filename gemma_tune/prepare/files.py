@@ -189,6 +189,7 @@ class DataFiles:
             "rows_of_several_sequences": {"rows": findings.noticed.rewritten, "first": findings.noticed.difference},
             "calls_without_result": {"rows": findings.noticed.unanswered, "first": findings.noticed.first_unanswered},
             "white_space_left_out": {"rows": findings.noticed.trimmed, "first": findings.noticed.first_trimmed},
+            "markup": findings.noticed.markup.as_dict(),
             "asked_on_both_sides": selection.asked_on_both_sides,
             "ends_held_out": [{**self._place(columns, own), "from_line": int(columns.line[end])}
                               for own, end in decided.ends],

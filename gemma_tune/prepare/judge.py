@@ -35,6 +35,7 @@ from gemma_tune.data.reading.sources import Block, Row
 from gemma_tune.encoding.chat_format import FormatError
 from gemma_tune.encoding.left_out import kinds_in
 from gemma_tune.encoding.sequences import MARK, Encoder, Outcome, PreparedRow, first_learned, marks_of
+from gemma_tune.prepare.markup import NoticedMarkup
 from gemma_tune.prepare.near import signature, unlike
 from gemma_tune.prepare.opposites import beside, conversation_hash, is_turned
 from gemma_tune.prepare.scripts import script_of
@@ -104,6 +105,7 @@ class Noticed:
         usual: rows by the columns that are taken for question and answer by their names.
         kinds: rows by what is learned from them, see :func:`kind_of`, and where the first of each stands.
         pictures: those that rows name or hold.
+        markup: what is left of web pages in texts.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
@@ -126,6 +128,7 @@ class Noticed:
     kinds: Counter[str] = field(default_factory=Counter)
     first_of_kind: dict[str, str] = field(default_factory=dict)
     pictures: NoticedPictures = field(default_factory=NoticedPictures)
+    markup: NoticedMarkup = field(default_factory=NoticedMarkup)
 
     def add(self, later: Noticed) -> None:
         """Put together with what was noticed about later rows."""
@@ -149,6 +152,7 @@ class Noticed:
         self.kinds.update(later.kinds)
         self.first_of_kind = later.first_of_kind | self.first_of_kind
         self.pictures.add(later.pictures)
+        self.markup.add(later.markup)
 
 
 @dataclass
@@ -253,6 +257,7 @@ class Judge:
             return None
         kind = kind_of(example)
         judged.noticed.kinds[kind] += 1
+        judged.noticed.markup.look_at(f"{row.file}:{row.line}", example)
         judged.noticed.first_of_kind.setdefault(kind, f"{row.file}:{row.line}")
         judged.noticed.tools += bool(kinds_in(example.get("messages", ()), example.get("tools")))
         if any("tool_calls" in turn and then["role"] == "user" for turn, then in pairwise(example.get("messages", ()))):

@@ -24,6 +24,7 @@ from gemma_tune.prepare.ends import MOST, SHORTEST, are_few
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
 from gemma_tune.prepare.judge import SPLIT, Judge, Noticed
+from gemma_tune.prepare.markup import ENTITIES, TAGS
 from gemma_tune.prepare.selection import Selection
 from gemma_tune.prepare.split import FEWEST
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS
@@ -31,6 +32,7 @@ from gemma_tune.run.session import Session
 
 _HOW = ("format", "columns", "roles", "turn_keys", "take")  # settings of how rows are read
 _PREFERENCE = {"chosen", "rejected", "label"}  # columns of rows that are read as preferences, whatever they are called
+_MARKUP = {ENTITIES: "names for characters", TAGS: "tags"}
 SHOWN = 10  # rejected rows that are printed; all are in rejected.jsonl
 NAMED = 20  # faults that a failure names
 
@@ -66,6 +68,9 @@ def explain(judge: Judge, noticed: Noticed, config: PrepareConfig, listener: Lis
         listener.note(f"in {counted(noticed.unanswered, 'row')} a tool is called and the user goes on without its "
                       f"result, which is learned so; the first is {noticed.first_unanswered}: if what the user says "
                       "there is the result, give that turn the role `tool`")
+    for kind, rows in noticed.markup.rows.items():
+        listener.note(f"in {counted(rows, 'row')} a text has HTML's {_MARKUP[kind]} outside code, as web pages leave "
+                      f"them, which are learned as they stand; the first is {noticed.markup.first[kind]}")
     if seen := noticed.pictures.moving:
         listener.note(f"{counted(seen, 'row has', 'rows have')} a picture of several frames or pages, of which the "
                       f"model is shown the first; the first such row is {noticed.pictures.first_moving}")

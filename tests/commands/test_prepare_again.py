@@ -359,7 +359,7 @@ def test_the_report_has_what_is_documented(prepare):
         "rows", "train_rows", "valid_rows", "rejected_rows", "duplicate_rows", "near_duplicate_rows", "drawn", "files", "formats",
         "kind", "rejected_by_reason", "first_rejected", "prompts_with_several_answers", "contradictions", "asked_on_both_sides", "ends_held_out",
         "sequences", "tokens", "trained_tokens", "trained_tokens_of_texts", "left_out_answers", "unread", "calls_without_result",
-        "white_space_left_out", "rows_of_several_sequences",
+        "white_space_left_out", "markup", "rows_of_several_sequences",
         "before_the_limit", "turns", "length"}
     assert report()["before_the_limit"].keys() == {
         "rows", "sequences", "turns", "tokens", "trained_tokens", "length", "histogram", "limits", "long", "scripts",
