@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from gemma_tune.base.machine import (
     terminable,
 )
 from gemma_tune.base.secrets import redact
-from gemma_tune.base.words import as_text
+from gemma_tune.base.words import as_text, shown
 from gemma_tune.cli import help_page, hints, live, screen
 from gemma_tune.cli.request import waiting_training
 from gemma_tune.cli.spinner import saying_what_is_loaded
@@ -45,7 +47,10 @@ _LONGEST_NAME = _LONGEST_COMMAND = 400  # that a message shows
 _NAME_COLUMNS = "use --columns "  # how the advice about a row's columns begins
 _FILES = ("data", "valid")  # options that name files of rows, and
 # other files and directories
-_PLACES = ("model", "run", "config", "input", "adapter", "from_adapter", "converter", "calibration")
+# How Typer refuses a number, which does not say what it was given.
+_NO_NUMBER = re.compile("Input should be a valid (integer|number)")
+_NUMBERS = {"integer": "a whole number", "number": "a number"}
+_PLACES = ("model", "run", "folder", "config", "input", "adapter", "from_adapter", "converter", "calibration")
 
 
 class Commands(TyperGroup):
@@ -83,6 +88,15 @@ class Commands(TyperGroup):
         sys.exit(code)
 
 
+def _found(options: Sequence[str], typed: Sequence[str]) -> str:
+    """What was given to an option, as the end of a message."""
+    for word, following in pairwise([*typed, ""]):
+        name, _, value = word.partition("=")
+        if name in options:
+            return f", found {shown(value or following)}"
+    return ""
+
+
 def _wrong_usage(e: Any, command: str | None, params: Mapping[str, Any]) -> int:
     """Show what Typer refuses as every other error is shown."""
     if "NoArgs" in type(e).__name__:
@@ -113,7 +127,9 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.exceptions.TyperException as e:
-            if hasattr(e, "message"):
+            if getattr(e, "param", None) and (number := _NO_NUMBER.match(e.message)):
+                e.message = f"expected {_NUMBERS[number[1]]}{_found(e.param.opts, ctx.meta['arguments'])}"
+            elif hasattr(e, "message"):
                 e.message += self._meant(ctx, e)
             raise
 
@@ -203,7 +219,8 @@ class Command(TyperCommand):
             if not isinstance(value, str | Path | list):
                 continue
             environment = getattr(ctx.get_parameter_source(param.name), "name", "") == "ENVIRONMENT"
-            called = str(param.envvar) if environment else param.opts[0]
+            name = (param.metavar or "").strip("[]") if param.param_type_name == "argument" else param.opts[0]
+            called = str(param.envvar) if environment else name
             try:
                 if param.name in (*_PLACES, "revision"):
                     refuse_no_names({called: value})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -101,8 +100,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, error
 VerifyFiles = Annotated[bool, typer.Option(
     "--verify", help="Read every file and compare its sha256; otherwise size and time stamp are compared first.")]
 Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as one JSON object.")]
-ConfigFile = Annotated[Optional[Path], typer.Option(
-    "--config", help="YAML file with settings (sections: prepare, train, …); flags win over it.", show_default=False)]
+ConfigFile = Annotated[Optional[str], typer.Option(
+    "--config", metavar="FILE", show_default=False,
+    help="YAML file with settings (sections: prepare, train, …); flags win over it.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="advanced")]
 
 Data = Annotated[Optional[list[str]], typer.Argument(

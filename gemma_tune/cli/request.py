@@ -49,7 +49,7 @@ class Request:
             UserError: a ``--config`` file that cannot be used.
         """
         config, run, model = (ctx.params.get(name) for name in ("config", "run", "model"))
-        file = of_its_run(load_yaml(config), config, run, model) if config else {}
+        file = of_its_run(load_yaml(Path(config)), Path(config), run, model) if config else {}
         request = cls(with_refusals(ctx.params), file, tuple(ctx.meta["arguments"]))
         if request.names:
             request.hint_at(find_run(*map(request.names.get, ("run", "model"))))

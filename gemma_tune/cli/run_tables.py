@@ -102,7 +102,8 @@ def show_runs(runs: Sequence[Any]) -> None:
         # The name is what people type; the other columns give way to it. (With a least width Rich's table can be wider
         # than the terminal by a column or two.)
         room = max(_NAME, screen.err.width // 3)
-        width = min(room, max(cell_len(run.run) for run in runs)) if column == "run" else None
+        longest = max(len(column), *(cell_len(run.run) for run in runs))
+        width = min(room, longest) if column == "run" else None
         table.add_column(column, overflow="fold", justify=end, no_wrap=column in ("size", "age"), width=width)
     for row in rows:
         table.add_row(*row)

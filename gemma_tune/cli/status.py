@@ -145,7 +145,7 @@ def _run_there(run: str | None, model_id: str | None, listener: Listener) -> tup
     finish_killed(root, listener)
     manifest = current_manifest(root)
     if manifest is None:
-        raise no_run(root)
+        raise no_run(root, *(("--model", model_id) if model_id else ()))
     if run and model_id:
         refuse_other_id(root, manifest.model, model_id)
     return root, manifest

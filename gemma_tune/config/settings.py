@@ -333,10 +333,10 @@ def problem_of(f: dataclasses.Field, kind: Any, value: Any) -> str | None:
         if isinstance(single, str):  # a setting that takes text as well as a number
             continue
         if least is not None and single < least:
-            return f"{f.name}: {shown(single)} is below the least possible {_limit(least)}"
+            return f"{f.name}: {_number(single)} is below the least possible {_limit(least)}"
         if most is not None and single > most:
             counts = f"; it is {f.metadata['counts']}" if "counts" in f.metadata else ""
-            return f"{f.name}: {shown(single)} is above the largest possible {_limit(most)}{counts}"
+            return f"{f.name}: {_number(single)} is above the largest possible {_limit(most)}{counts}"
     return None
 
 
@@ -345,6 +345,10 @@ def _of_the_same_number(word: str, choices: Iterable[str]) -> list[str]:
     number = re.search(r"\d+", word)
     digits = sorted(number[0]) if number else []  # in whatever order they were typed
     return [choice for choice in choices if not digits or digits in map(sorted, re.findall(r"\d+", choice))]
+
+
+def _number(value: Any) -> str:
+    return value_in_words(value) if isinstance(value, float) else shown(value)
 
 
 def _limit(value: float) -> str:

@@ -75,7 +75,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected sections such as `train:`, found {type(content).__name__}"
+        raise UserError(f"{path}: expected sections such as `train:`, found {shown(content)}"
                         f"{full_width(content) if isinstance(content, str) else ''}",
                         "write `train:` and its settings indented below it")
     _words_for_true_and_false(content)

@@ -247,6 +247,9 @@ def set_aside_in(checkpoints: Path) -> list[Path]:
 
 def no_run(root: Path, *flags: str) -> UserError:
     """What to say of a directory that is no run, to a command that needs one."""
+    if (root.parent / "manifest.json").is_file():
+        return UserError(f"{root} is not a run, but lies in one",
+                         f"name that one: --run {shell.quote(str(root.parent))}")
     try:
         runs = [path.parent.name for path in root.parent.glob("*/manifest.json")]
     except OSError:

@@ -122,7 +122,8 @@ def read_manifest(root: Path, name: str = "manifest.json") -> Manifest | None:
     except FileNotFoundError:
         return None
     except NotADirectoryError as e:
-        raise UserError(f"{root} is not a directory", "name a run directory with --run DIR") from e
+        own = root.parent if root.name == name else "DIR"
+        raise UserError(f"{root} is not a directory", f"name a run directory with --run {shell.quote(str(own))}") from e
     except PermissionError as e:
         raise UserError(f"no permission to read {path}", "change its permissions, or use another --run DIR") from e
     except OSError as e:

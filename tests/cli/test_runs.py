@@ -160,6 +160,11 @@ def test_in_a_narrow_terminal_a_stage_without_a_result_is_one_line(cli, trained,
     assert all(line.strip() for line in lines)
 
 
+def test_the_column_of_short_names_has_room_for_its_heading(cli, trained):
+    trained.rename("t")
+    assert " run " in cli("runs", "t").err
+
+
 def test_runs_where_there_are_none(cli):
     empty = cli("runs", "--json")
     assert (empty.code, empty.json) == (0, {"runs": []})

@@ -214,7 +214,7 @@ def test_a_file_where_the_run_should_be(cli, tiny, data):
 
 def test_settings_out_of_range_are_reported_together(cli, trained):
     check(cli("train", "--rank", 0, "--dropout", 2, "--schedule", "cosin", "--run", trained), 2, "3 settings",
-          "rank: 0 is below", "dropout: 2.0 is above", "'cosin' is not one of", "did you mean `cosine`")
+          "rank: 0 is below", "dropout: 2 is above", "'cosin' is not one of", "did you mean `cosine`")
 
 
 def test_errors_as_json(cli, trained):
@@ -321,7 +321,28 @@ def test_killed_at_any_moment_the_manifest_names_nothing_half_written(tiny, data
     assert {s["state"] for s in cli("status", "--json").json["stages"].values()} == {"done"}
 
 
-@pytest.mark.parametrize("option", ["--model", "--run"])
+@pytest.mark.parametrize("inside, hint", [("data", "name that one: --run {}"), ("manifest.json", "name a run directory with --run {}")])
+def test_a_path_inside_a_run_leads_to_it(cli, trained, inside, hint):
+    for command in ("status", "train"):
+        check(cli(command, "--run", trained / inside), 2, hint.format(trained))
+
+
+def test_a_model_without_a_run_is_named_in_the_command_that_begins_one(cli):
+    for command in ("status", "tune"):
+        check(cli(command, "--model", "org/new"), 2, "start it: gemma-tune prepare YOUR.jsonl --run runs/new --model org/new")
+
+
+@pytest.mark.parametrize("args, said", [(("--epochs", "x"), "'--epochs' / '-e': expected a number, found 'x'"),
+                                        (("-e=x",), "expected a number, found 'x'"), (("--rank=1.5",), "expected a whole number, found '1.5'")])
+def test_what_is_no_number_is_quoted(cli, args, said):
+    check(cli("train", *args), 2, said)
+
+
+def test_a_directory_of_runs_that_is_named_empty(cli):
+    check(cli("runs", ""), 2, "DIR: is empty")
+
+
+@pytest.mark.parametrize("option", ["--model", "--run", "--config"])
 def test_an_empty_name_is_no_wish_for_the_default(cli, data, option):
     """As of a shell's variable that is not set."""
     result = cli("prepare", data, option, "", "--json")

@@ -355,7 +355,7 @@ def test_an_empty_file_sets_nothing(text):
     ("export-ollama: {name: no}", ["export-ollama.name: expected text, found False"]),
     ("export-ollama: {quant: q8}", ["export-ollama.quant: 'q8' is not one of f32, bf16, f16, q8_0"]),
     ("train: {rank: 0, epochs: -1}\nprepare: {max_rejected: x}\nfoo: 1",
-     ["train.rank: 0 is below", "train.epochs: -1.0 is below", "prepare.max_rejected: expected a number", "foo: unknown"]),
+     ["train.rank: 0 is below", "train.epochs: -1 is below", "prepare.max_rejected: expected a number", "foo: unknown"]),
 ])
 def test_all_problems_of_a_file_are_named_with_suggestions(text, expected):
     found = yaml_problems(text)
@@ -376,13 +376,13 @@ def test_all_problems_of_a_file_are_named_with_suggestions(text, expected):
     ("name: 2024-99-99", "a value that cannot be read"),
     ("a: " + "1" * 5000, "a value that cannot be read"),
     ("[" * 5000, "a value that cannot be read"),
-    ("- train\n- rank", "expected sections such as `train:`, found list"),
-    ("just words", "expected sections such as `train:`, found str"),
-    ("model：demo\ntrain：\n", "expected sections such as `train:`, found str; `：` is not `:`"),
+    ("- train\n- rank", "expected sections such as `train:`, found ['train', 'rank']"),
+    ("just words", "expected sections such as `train:`, found 'just words'"),
+    ("model：demo\ntrain：\n", "expected sections such as `train:`, found 'model：demo train：'; `：` is not `:`"),
     ("prepare:\n  data：a.jsonl\n  valid: 0.1\n", "settings.yaml:3: not valid YAML: mapping values are not allowed here; `：`"),
-    ("[]", "expected sections such as `train:`, found list"),
-    ("false", "expected sections such as `train:`, found bool"),
-    ("0", "expected sections such as `train:`, found int"),
+    ("[]", "expected sections such as `train:`, found []"),
+    ("false", "expected sections such as `train:`, found False"),
+    ("0", "expected sections such as `train:`, found 0"),
 ], ids=lambda v: v[:24] if len(v) > 60 else None)
 def test_a_file_that_is_no_configuration(text, expected):
     [message] = yaml_problems(text)
