@@ -19,7 +19,7 @@ from gemma_tune.encoding.origins import write_origins
 from gemma_tune.encoding.tokens import TokenWriter
 from gemma_tune.prepare.drawing import Drawing
 from gemma_tune.prepare.findings import Findings
-from gemma_tune.prepare.judge import Rejected
+from gemma_tune.prepare.noticed import Rejected
 from gemma_tune.prepare.pictures import UsedPictures
 from gemma_tune.prepare.selection import Columns, Selection
 from gemma_tune.prepare.spool import Batch, Spool

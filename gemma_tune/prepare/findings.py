@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from gemma_tune.prepare.judge import Judged, Noticed, Rejected
+from gemma_tune.prepare.noticed import Judged, Noticed, Rejected
 from gemma_tune.run.manifest import CONVERSATIONS
 
 _EXAMPLES = 200  # rejected rows kept in memory, to be named in messages
@@ -22,7 +22,7 @@ class Findings:
         long: rejected rows that are too long. They are counted here alone, as what is said about them differs from
             what is said about faults.
         by_source: rows by the number of their file.
-        kinds_of: what rows are, see :func:`gemma_tune.prepare.judge.kind_of`, by whether they are held out.
+        kinds_of: what rows are, see :func:`gemma_tune.prepare.noticed.kind_of`, by whether they are held out.
     """
 
     rows: int = 0

@@ -22,8 +22,10 @@ from gemma_tune.prepare.drawing import Drawing, draw
 from gemma_tune.prepare.ends import divided
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
-from gemma_tune.prepare.judge import Judge, Judged, judged_blocks, may_fork
+from gemma_tune.prepare.judge import Judge
 from gemma_tune.prepare.near import NearIndex
+from gemma_tune.prepare.noticed import Judged
+from gemma_tune.prepare.processes import judged_blocks, may_fork
 from gemma_tune.prepare.selection import Columns, Gathered, select
 from gemma_tune.prepare.spool import Batch, Spool
 from gemma_tune.run.session import Session

@@ -23,8 +23,9 @@ from gemma_tune.ollama.template import layout_of, tools_are_lost
 from gemma_tune.prepare.ends import MOST, SHORTEST, are_few
 from gemma_tune.prepare.files import DataFiles, Decided
 from gemma_tune.prepare.findings import Findings
-from gemma_tune.prepare.judge import SPLIT, Judge, Noticed
+from gemma_tune.prepare.judge import SPLIT, Judge
 from gemma_tune.prepare.markup import ENTITIES, TAGS
+from gemma_tune.prepare.noticed import Noticed
 from gemma_tune.prepare.selection import Selection
 from gemma_tune.prepare.split import FEWEST
 from gemma_tune.run.manifest import CONVERSATIONS, JUDGED, PAIRS

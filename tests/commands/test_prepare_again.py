@@ -16,8 +16,9 @@ import pytest
 
 from gemma_tune import samples
 from gemma_tune.base.errors import WORK_FAILED
-from gemma_tune.prepare import judge, stage
 from gemma_tune.prepare import passes as module
+from gemma_tune.prepare import stage
+from gemma_tune.prepare.judge import Judge
 from support.command import invoke, rows, write_rows
 from support.prepared import (
     DATA,
@@ -143,8 +144,8 @@ def two_processes(monkeypatch):
 
 def test_several_processes_write_the_same_bytes(prepare, two_processes, monkeypatch):
     parents = []
-    real = judge.Judge.__call__
-    monkeypatch.setattr(judge.Judge, "__call__", lambda self, block: parents.append(os.getpid()) or real(self, block))
+    real = Judge.__call__
+    monkeypatch.setattr(Judge, "__call__", lambda self, block: parents.append(os.getpid()) or real(self, block))
     write_rows(Path("a.jsonl"), [*varied(), *({**row(f"m{n}", "b"), "mood": n % 3} for n in range(9))])  # unread, varying
     Path("b.json").write_text(json.dumps(varied()[:30], indent=2))
     args = ("a.jsonl", "b.json", "--max-length", 128, "--near-duplicates", "--force")
@@ -180,7 +181,7 @@ def test_a_process_that_is_killed(prepare, two_processes, monkeypatch):
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(judge.Judge, "__call__", die)
+    monkeypatch.setattr(Judge, "__call__", die)
     error = prepare(write_rows(Path("rows.jsonl"), varied()), code=WORK_FAILED)
     assert error["message"] == "a process that prepares rows was killed, perhaps because memory ran out"
     assert "run the same command again" in error["hint"]
@@ -190,16 +191,16 @@ def test_a_process_that_is_killed(prepare, two_processes, monkeypatch):
 
 def test_a_process_that_has_met_others_does_not_fork():
     """`train DATA` prepares in a process that has threads already when several train together."""
-    script = ("import torch.distributed as d; from gemma_tune.prepare import judge; print(judge._context().get_start_method());"
+    script = ("import torch.distributed as d; from gemma_tune.prepare import processes; print(processes._context().get_start_method());"
               "d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1);"
-              "print(judge._context().get_start_method(), judge._arguments('judge'))")
+              "print(processes._context().get_start_method(), processes._arguments('judge'))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["fork", "spawn ('judge',)"], done.stderr
 
 
 WAITING = """
 import os, time
-from gemma_tune.prepare.judge import judged_blocks
+from gemma_tune.prepare.processes import judged_blocks
 
 class Waits:
     def __call__(self, block):
@@ -255,7 +256,7 @@ def test_ctrl_c_ends_them_at_once_however_often_it_is_pressed(workplace, times, 
 TERMINATED_WHILE_FORKING = """
 import os, signal
 from gemma_tune.base.machine import Terminated, terminable
-from gemma_tune.prepare import judge
+from gemma_tune.prepare import processes
 
 sent = []
 def send():
@@ -266,7 +267,7 @@ if __name__ == "__main__":
     os.register_at_fork(after_in_parent=send)
     try:
         with terminable():
-            list(judge.judged_blocks([(n, n) for n in range(50)], str, 2))
+            list(processes.judged_blocks([(n, n) for n in range(50)], str, 2))
         print("went on")
     except (KeyboardInterrupt, Terminated) as e:
         print("ended", type(e).__name__)
@@ -284,7 +285,7 @@ def test_a_signal_that_comes_while_children_are_made_is_not_lost(tmp_path, numbe
 
 INTERRUPTED_WHILE_RECEIVING = """
 import multiprocessing, sys, threading, time
-from gemma_tune.prepare import judge
+from gemma_tune.prepare import processes
 
 def rows(size):
     return b"x" * size
@@ -301,7 +302,7 @@ def receives():
 
 if __name__ == "__main__":
     try:
-        with judge._pool(2, None) as pool:
+        with processes._pool(2, None) as pool:
             sent = [pool.submit(rows, 200_000_000) for _ in range(4)]
             while not receives():
                 time.sleep(0.001)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from gemma_tune.base.errors import BAD_INPUT
 from gemma_tune.data.conversations.formats import Formats
 from gemma_tune.data.conversations.problems import RowError
-from gemma_tune.prepare.judge import kind_of
+from gemma_tune.prepare.noticed import kind_of
 from support.command import invoke
 from support.prepared import SIDES, alpaca, check_files, read, report, row, same_examples, talk, with_template
 from support.templates import TOOLS, assistant, call, result, user

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemma_tune.data.conversations.problems import Problem
 from gemma_tune.data.reading.rows import Row
 from gemma_tune.prepare.findings import Findings
-from gemma_tune.prepare.judge import Judged, Rejected
+from gemma_tune.prepare.noticed import Judged, Rejected
 
 
 def test_rows_are_named_and_not_kept():
