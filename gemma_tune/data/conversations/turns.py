@@ -9,20 +9,26 @@ Nothing else is kept.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 from gemma_tune.base import shell, strict_json
 from gemma_tune.data.conversations import tools
 from gemma_tune.data.conversations.learned import is_learned
 from gemma_tune.data.conversations.names import exchange, role_fix, speaker_inside, suggested_keys, suggested_saying
-from gemma_tune.data.conversations.parts import THOUGHTS, joined
+from gemma_tune.data.conversations.order import check_answers, check_order
+from gemma_tune.data.conversations.parts import joined
 from gemma_tune.data.conversations.pictures import MEDIA, OWN, Column, again, beside, holds
 from gemma_tune.data.conversations.places import Supply, said_by
 from gemma_tune.data.conversations.problems import Problem, blank, damaged, kind, python_list, quoted, several
+from gemma_tune.data.conversations.thoughts import (
+    THINK,
+    is_begun_by_prompt,
+    reasoning,
+    reasoning_once,
+    without_thoughts,
+)
 from gemma_tune.data.conversations.uneven import evened
 
 Turn = dict[str, Any]
@@ -36,7 +42,6 @@ ROLES = {
     "ipython": "tool",
 }
 CALLING = ("function_call", "tool_call")  # roles of turns that are a call, as ShareGPT and ms-swift have it
-REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call", "function_calls", "additional_kwargs")
 PLAIN = ({"role", "content"}, {"from", "value"})
 
@@ -78,9 +83,9 @@ def conversation(messages: Any, problems: list[Problem], key: str = "messages", 
 
 def _out_of_order(turns: list[Turn], numbers: Sequence[int], answered: bool) -> list[Problem]:
     found: list[Problem] = []
-    _check_order(turns, numbers, found)
+    check_order(turns, numbers, found)
     if answered:
-        _check_answers(turns, found)
+        check_answers(turns, found)
     return found
 
 
@@ -178,19 +183,19 @@ def _turn(number: int, messages: Sequence[Any], problems: list[Problem], answere
         _extras(number, message, turn, problems, answered)
         own = _own_pictures(number, message, role, problems)
     if role == "assistant" and isinstance(content, list):
-        content = _without_thoughts(f"turn {number}", content, turn, problems)
+        content = without_thoughts(f"turn {number}", content, turn, problems)
     _content(number, message, content, turn, problems, (own or supply) if role == "user" else None)
     if own and not problems and (problem := own.unfit([turn])):
         problems.append(problem)
-    if role == "assistant" and "reasoning_content" not in turn and _is_begun_by_prompt(turn["content"]):
-        turn["content"] = f"{_THINK[0]}\n{turn['content']}"
-    begins = turn["content"].lstrip().startswith(_THINK[0])
+    if role == "assistant" and "reasoning_content" not in turn and is_begun_by_prompt(turn["content"]):
+        turn["content"] = f"{THINK[0]}\n{turn['content']}"
+    begins = turn["content"].lstrip().startswith(THINK[0])
     if "reasoning_content" in turn and begins:
-        _reasoning_once(number, turn, problems)
-    elif answered and role == "assistant" and begins and _THINK[1] not in turn["content"]:
-        problems.append(Problem("reasoning", f"turn {number} begins a thought ({_THINK[0]}) that does not end",
+        reasoning_once(number, turn, problems)
+    elif answered and role == "assistant" and begins and THINK[1] not in turn["content"]:
+        problems.append(Problem("reasoning", f"turn {number} begins a thought ({THINK[0]}) that does not end",
                                 "leave the row out, as it seems to be cut off, or end the thought with "
-                                f"{_THINK[1]}"))
+                                f"{THINK[1]}"))
     return turn
 
 
@@ -281,21 +286,6 @@ def _content(number: int, message: Turn, content: Any, turn: Turn, problems: lis
                                 "export the text as UTF-8 again"))
 
 
-def _without_thoughts(where: str, parts: list[Any], turn: Turn, problems: list[Problem]) -> list[Any]:
-    """The parts of a content but for the thoughts in front, which become the turn's reasoning; templates write that
-    before what is said, so that a thought behind a text would change its place."""
-    thoughts = [*takewhile(lambda part: isinstance(part, dict) and part.get("type") in THOUGHTS, parts)]
-    texts = [part.get("thinking", part.get("value")) for part in thoughts]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        return parts
-    text = "\n".join(texts)
-    if turn.get("reasoning_content", text) != text:
-        problems.append(Problem("reasoning", f"{where} has reasoning under a key of its own, and another one among the "
-                                             "parts of its content", "keep one of them"))
-    _reasoning(where, {"reasoning_content": text}, turn, problems)
-    return parts[len(thoughts):]
-
-
 def _as_json(value: Any) -> Any:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -324,7 +314,7 @@ def _extras(number: int, message: Turn, turn: Turn, problems: list[Problem], ans
             problems.append(Problem("broken_text", f"the name or id of {where} contains damaged characters",
                                     "export the text as UTF-8 again"))
     elif turn["role"] == "assistant":
-        _reasoning(where, message, turn, problems)
+        reasoning(where, message, turn, problems)
         if answered and not is_learned(where, message, problems):
             turn["train"] = False
 
@@ -335,161 +325,3 @@ def _made(message: Turn) -> Any:
     places = [message, kwargs] if isinstance(kwargs, dict) else [message]
     found = (tools.given(place.get(key)) for place in places for key in CALLS[:-1])
     return next((value for value in found if value), None)
-
-
-def _reasoning(where: str, message: Turn, turn: Turn, problems: list[Problem]) -> None:
-    for key in REASONING:
-        text = message.get(key)
-        if text is None or isinstance(text, bool):  # some programs note here whether there was any
-            continue
-        if not isinstance(text, str):
-            problems.append(Problem("not_text", f"`{key}` of {where} is {kind(text)}, not text", "make it a string"))
-        elif damaged(text):
-            problems.append(Problem("broken_text", f"`{key}` of {where} contains damaged characters",
-                                    "export the text as UTF-8 again"))
-        elif text.strip():
-            turn["reasoning_content"] = text
-            return
-
-
-_THINK = "<think>", "</think>"
-_ENDED = re.compile(rf"^{_THINK[1]}[ \t\r]*$", re.MULTILINE)
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
-
-
-def _is_begun_by_prompt(said: str) -> bool:
-    """Whether a thought ends, on a line of its own, that does not begin: models say that whose prompt has begun it.
-
-    Inside a block of code the mark is what the text is about.
-    """
-    if _THINK[1] not in said or _THINK[0] in said or said.count(_THINK[1]) > 1:
-        return False
-    end = _ENDED.search(said)
-    return end is not None and len(_FENCE.findall(said, 0, end.start())) % 2 == 0
-
-
-def _reasoning_once(number: int, turn: Turn, problems: list[Problem]) -> None:
-    """Take reasoning out of what is said that has a key of its own as well, as interfaces often answer it."""
-    inside, end, said = turn["content"].lstrip().removeprefix(_THINK[0]).partition(_THINK[1])
-    if end and inside.strip() in ("", turn["reasoning_content"].strip()):  # an empty one stands for none
-        turn["content"] = said.lstrip("\r\n")
-    else:
-        problems.append(Problem("reasoning", f"turn {number} has reasoning under a key of its own, and another one in "
-                                             f"its text ({_THINK[0]})", "keep one of them"))
-
-
-def _check_order(turns: list[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
-    """User and assistant alternate; after a call come its results, then the assistant again, or the user's next turn,
-    where nobody answered the call."""
-    awaited = ("user",)  # roles that may come now
-    caller = 0  # number of the turn whose call was the last
-    with_tools = False
-    said = ""  # by the assistant, since the user's last turn
-    for number, turn in zip(numbers, turns):
-        role = turn["role"]
-        if role == "system":
-            if number > 1:
-                problems.append(Problem("system_inside", f"turn {number} is a system message; it can only be the first",
-                                        "join it with the first one" if turns[0]["role"] == "system" else
-                                        "move it to the front"))
-            continue
-        if role not in awaited:
-            problems.append(_misplaced(number, role, awaited, caller, said))
-        elif role == "user" and "tool" in awaited and _is_json(turn["content"]):
-            problems.append(Problem("tool_order", f"turn {number} is `user` and says JSON, as the result of the tool "
-                                                  f"call in turn {caller} would",
-                                    "give it the role `tool`, or leave the row out"))
-        if role == "user":
-            awaited, said = ("assistant",), ""
-        elif role == "tool":
-            with_tools, awaited = True, ("assistant", "tool")
-        elif "tool_calls" in turn:
-            awaited, caller = ("tool", "user"), number
-        else:
-            awaited, said = ("user",), turn["content"]
-    if with_tools:
-        _match_results(turns, numbers, problems)
-
-
-def _is_json(text: str) -> bool:
-    """Whether a text is an object or a list in JSON, as programs answer and people seldom write."""
-    if not text.lstrip().startswith(("{", "[")):
-        return False
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _check_answers(turns: Sequence[Turn], problems: list[Problem]) -> None:
-    if turns[-1]["role"] != "assistant":
-        problems.append(Problem("no_answer", f"the conversation ends with `{turns[-1]['role']}`; there is no answer to "
-                                             "learn", "leave the last turn out, or put the answer behind it"))
-    elif all(turn.get("train") is False for turn in turns if turn["role"] == "assistant"):
-        problems.append(Problem("nothing_to_learn", "every assistant turn says that it is not to be learned",
-                                "leave the row out, or let an answer be learned: \"train\": true"))
-
-
-_AS_PYTHON = re.compile(r"\s*\[\s*\w[^()\n]{0,80}\([^\n]*\)\s*\]\s*\Z")  # [f(a=1), g()], as ToolACE has it
-
-
-def _misplaced(number: int, role: str, awaited: tuple[str, ...], caller: int, said: str) -> Problem:
-    if role == "tool" and _AS_PYTHON.match(said):
-        return Problem("tool_order", f"turn {number} is the result of a tool that is called in the text before it, as "
-                                     f"Python calls functions: {quoted(said)}",
-                       "write the call as `tool_calls`, and the functions that the system prompt describes as `tools`; "
-                       "or leave the row out")
-    if role == "tool":
-        return Problem("tool_order", f"turn {number} is the result of a tool that was not called before it",
-                       "put the assistant's `tool_calls` before it, or leave the row out")
-    if awaited == ("tool", "user"):
-        return Problem("tool_order", f"turn {number} is `{role}` where the result of the tool call in turn {caller} is "
-                                     "expected", "add the result as a turn of the role `tool`")
-    begins = role == "assistant" and awaited == ("user",) and number <= 2
-    fix = "remove it, or put a user's turn before it" if begins else "join neighbouring turns of the same role"
-    return Problem("alternation", f"turn {number} is `{role}` where `{awaited[0]}` is expected; roles alternate and "
-                                  "begin with `user`", fix)
-
-
-def _match_results(turns: list[Turn], numbers: Sequence[int], problems: list[Problem]) -> None:
-    """Give every result the name of its tool, by the call's id or else by position, and check the ids.
-
-    Results go into the order of their calls, as many templates show no ids.
-    """
-    made: list[Turn] = []
-    caller = 0
-    results: list[tuple[int, Turn]] = []
-    for place, (number, turn) in enumerate(zip([*numbers, 0], [*turns, {"role": "end"}])):
-        if turn["role"] == "tool":
-            results.append((number, turn))
-            continue
-        if made and results:
-            _match(caller, made, results, problems)
-            turns[place - len(results):place] = _in_order(made, [result for _, result in results])
-        made, caller, results = turn.get("tool_calls", []), number, []
-
-
-def _in_order(made: Sequence[Turn], results: list[Turn]) -> list[Turn]:
-    places = {call.get("id"): place for place, call in enumerate(made)}
-    answered = [result.get("tool_call_id") for result in results]
-    told_apart = len(places) == len(made) and len(set(answered)) == len(answered)
-    if None in answered or not told_apart or not places.keys() >= {*answered}:
-        return results
-    return sorted(results, key=lambda result: places[result["tool_call_id"]])
-
-
-def _match(caller: int, made: Sequence[Turn], results: Sequence[tuple[int, Turn]], problems: list[Problem]) -> None:
-    by_id = {call["id"]: call for call in made if "id" in call}
-    for position, (number, result) in enumerate(results):
-        answered = result.get("tool_call_id")
-        if answered is not None and len(by_id) == len(made) and answered not in by_id:
-            problems.append(Problem("tool_order", f"turn {number} answers the tool call {quoted(answered)}, "
-                                                  f"which turn {caller} does not make", "correct its `tool_call_id`"))
-        call = by_id.get(answered) or (made[position] if position < len(made) else None)
-        if call is not None:
-            result.setdefault("name", call["function"]["name"])
-    answers = {result.get("tool_call_id") for _, result in results}
-    if None not in answers and (missing := [name for name in by_id if name not in answers]):
-        problems.append(Problem("tool_order", f"the tool call {quoted(missing[0])} of turn {caller} has no result",
-                                "add its result as a turn of the role `tool`"))

@@ -15,7 +15,8 @@ from gemma_tune.data.conversations.names import spoken_by, suggested_turns
 from gemma_tune.data.conversations.pictures import COLUMNS, holds, seems_one, unasked
 from gemma_tune.data.conversations.problems import Problem, kind, quoted
 from gemma_tune.data.conversations.rendered import is_rendered
-from gemma_tune.data.conversations.turns import REASONING, role_of
+from gemma_tune.data.conversations.thoughts import REASONING
+from gemma_tune.data.conversations.turns import role_of
 
 Fields = Mapping[str, Any]
 

@@ -9,7 +9,8 @@ from gemma_tune.data.conversations.layouts import HISTORIES, SYSTEMS, is_history
 from gemma_tune.data.conversations.learned import MARKS
 from gemma_tune.data.conversations.pictures import COLUMNS, OWN
 from gemma_tune.data.conversations.preference import columns_read
-from gemma_tune.data.conversations.turns import CALLS, PLAIN, REASONING, ROLES
+from gemma_tune.data.conversations.thoughts import REASONING
+from gemma_tune.data.conversations.turns import CALLS, PLAIN, ROLES
 
 
 class Unread(NamedTuple):
