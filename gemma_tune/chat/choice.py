@@ -14,7 +14,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import near, size_in_bytes
 from gemma_tune.config.habits import number_format
 from gemma_tune.config.stages import QUANTS
-from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
+from gemma_tune.gguf.llama_cpp import INSTALL_HINT, find_engine
 from gemma_tune.run.directory import command, describe
 from gemma_tune.run.earlier_exports import of_this_model, still_good, summary_now
 from gemma_tune.run.session import Session

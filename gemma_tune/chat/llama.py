@@ -22,7 +22,8 @@ from gemma_tune.data.conversations.pictures import pictures_in
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import with_parts
 from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.gguf.engine import Engine, engine_name
+from gemma_tune.gguf.engine import Engine
+from gemma_tune.gguf.llama_cpp import engine_name
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 

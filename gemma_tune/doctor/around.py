@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from gemma_tune.base.secrets import place_of
 from gemma_tune.base.words import first_line
 from gemma_tune.doctor.finding import BROKEN, LOOK, OK, Finding
-from gemma_tune.gguf.engine import INSTALL_HINT, find_engine
+from gemma_tune.gguf.llama_cpp import INSTALL_HINT, find_engine
 from gemma_tune.hub.access import CORRECT_CERTIFICATES, account, offline_wanted, unreadable_certificates
 from gemma_tune.ollama.client import install_hint
 from gemma_tune.ollama.go_template import INSTALL_HINT as GO_HINT

@@ -25,7 +25,7 @@ from gemma_tune.export.quant_loss import (
     validation_rows,
 )
 from gemma_tune.export.sight import UNCHECKED as PICTURES
-from gemma_tune.gguf.engine import find_engine
+from gemma_tune.gguf.llama_cpp import find_engine
 from gemma_tune.gguf.writer import write_gguf
 from gemma_tune.measure.general import measuring_rows_of
 from gemma_tune.measure.likelihood import Wanted, wanted_of

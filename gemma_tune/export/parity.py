@@ -34,7 +34,8 @@ from gemma_tune.export.parity_report import (
     Check,
     Parity,
 )
-from gemma_tune.gguf.engine import Engine, EngineRefused, engine_name
+from gemma_tune.gguf.engine import Engine, EngineRefused
+from gemma_tune.gguf.llama_cpp import engine_name
 from gemma_tune.ollama import go_template
 from gemma_tune.ollama.go_template import TemplateFailed
 from gemma_tune.ollama.kept import NOTE as KEPT_NOTE

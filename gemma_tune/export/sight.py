@@ -21,7 +21,8 @@ from gemma_tune.base.pictures import BLUE, QUESTION, RED, square
 from gemma_tune.base.words import counted, gigabytes, size_text
 from gemma_tune.export.files import ExportSource
 from gemma_tune.export.senses import senses_of, taken
-from gemma_tune.gguf.engine import Engine, engine_name, find_engine
+from gemma_tune.gguf.engine import Engine
+from gemma_tune.gguf.llama_cpp import engine_name, find_engine
 from gemma_tune.gguf.projectors.check import check_projector
 from gemma_tune.gguf.projectors.parts import VISION
 from gemma_tune.gguf.projectors.writer import write_projector

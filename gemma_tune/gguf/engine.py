@@ -8,16 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
-import re
-import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,19 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.loading import loading
-from gemma_tune.base.machine import cores
 from gemma_tune.base.pictures import as_text
+from gemma_tune.gguf.llama_cpp import (
+    INSTALL_HINT,
+    apart,
+    child_command,
+    engine_words,
+    find_engine,
+    same_file,
+    server_command,
+)
 
-ERRORS_ONLY = 1  # of llama.cpp's levels of verbosity
 _LIKELIEST = 10  # tokens whose log-probabilities are asked for
-INSTALL_HINT = "pip install xllamacpp, or put llama.cpp's llama-server on the PATH"
-# What llama.cpp prints of an error: "0.00.038.483 E srv  load_model: failed to load model", or a failed assertion.
-_ERROR_LINE = re.compile(r"^(?:[\d.]+ E +(.*)|(.*GGML_ASSERT.*)|.*\b(error: .*))$", re.MULTILINE)
-
 _processes: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
 _starting = threading.Lock()
 _over = threading.Event()  # this process ends
@@ -56,19 +52,6 @@ class Completion:
 
     ids: tuple[int, ...]
     ended: bool
-
-
-def find_engine() -> str | None:
-    """``xllamacpp <version>``, else ``llama-server <path>``; None where llama.cpp is not installed."""
-    if importlib.util.find_spec("xllamacpp"):
-        return f"xllamacpp {importlib.metadata.version('xllamacpp')}"
-    server = shutil.which("llama-server")
-    return f"llama-server {server}" if server else None
-
-
-def engine_name() -> str:
-    """The engine without a path, for records."""
-    return re.sub(r"^(llama-server) .*", r"\1", find_engine() or "")
 
 
 class Engine:
@@ -93,7 +76,7 @@ class Engine:
             raise UserError("no llama.cpp engine is installed", INSTALL_HINT)
         kind, _, server = engine.partition(" ")
         binary = kind == "llama-server"
-        make = functools.partial(_server_command, server) if binary else _child_command
+        make = functools.partial(server_command, server) if binary else child_command
         command = make(gguf, context, talking, projector)
         self.gguf, self._log = gguf, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # Backtraces start a debugger where there is one, which takes long and tells people nothing.
@@ -102,7 +85,7 @@ class Engine:
                 raise WorkFailed("this command ends, and no engine is started any more")
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log,
                                              stdout=self._log if binary else subprocess.PIPE,
-                                             env=os.environ | {"GGML_NO_BACKTRACE": "1"}, **_apart(talking))
+                                             env=os.environ | {"GGML_NO_BACKTRACE": "1"}, **apart(talking))
             _processes.add(self._process)
         try:
             address = self._answering(command[-1]) if binary else self._printed()
@@ -274,7 +257,7 @@ class Engine:
             while self._process.poll() is None:
                 with contextlib.suppress(httpx.HTTPError):
                     # Another program may have taken the port: then this server ends, and the model is another one.
-                    if client.get("/health").is_success and _same_file(client.get("/props").json(), self.gguf):
+                    if client.get("/health").is_success and same_file(client.get("/props").json(), self.gguf):
                         return address
                 time.sleep(0.1)
         raise self._failed(f"llama.cpp cannot load {self.gguf}")
@@ -331,69 +314,3 @@ def _refused(content: Any, status: int) -> EngineRefused:
         return EngineRefused(f"the conversation has {error['n_prompt_tokens']:,} tokens, and llama.cpp has room for "
                              f"{error['n_ctx']:,} here", "shorten it, or show fewer or smaller pictures")
     return EngineRefused(f"llama.cpp refuses it: {error.get('message') or status}")
-
-
-def engine_words(log: str) -> str:
-    """The error lines of llama.cpp's output, at most three; without any, its last line."""
-    lines = [next(filter(None, match.groups())).strip() for match in _ERROR_LINE.finditer(log)]
-    lines = [re.sub(r"\s+", " ", line) for line in dict.fromkeys(lines)] or log.strip().splitlines()[-1:]
-    return "; ".join(lines[:3])
-
-
-def threads() -> int:
-    """Physical cores that this process may use: a second thread on a core makes llama.cpp slower.
-
-    No more than ``OMP_NUM_THREADS`` says: beside other work llama.cpp's threads wait for one another at every step.
-    """
-    allowed = cores()
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    most = max(1, int(asked)) if asked.isdecimal() else allowed
-    return min(psutil.cpu_count(logical=False) or allowed, allowed, most)
-
-
-def _apart(wanted: bool) -> dict[str, Any]:
-    """How a process is started that Ctrl-C on the terminal does not reach."""
-    if os.name == "nt":  # where sessions are passed over
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP if wanted else 0}
-    return {"start_new_session": wanted}
-
-
-def _server_command(server: str, gguf: Path, context: int, talking: bool, projector: Path | None) -> list[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return [server, "--model", str(gguf), "--ctx-size", str(context), "--parallel", "1", "--threads", str(threads()),
-            # A check is to compute as this machine's CPU does; a person wants an answer from whatever is fastest.
-            *(["--swa-full"] if talking else ["--n-gpu-layers", "0"]),
-            *(["--mmproj", str(projector), "--no-mmproj-offload"] if projector else []),
-            "--no-warmup", "--jinja", "--host", "127.0.0.1", "--port", str(port)]
-
-
-def _same_file(props: Mapping[str, Any], gguf: Path) -> bool:
-    return Path(props.get("model_path", "")).name == gguf.name
-
-
-def _child_command(gguf: Path, context: int, talking: bool, projector: Path | None) -> list[str]:
-    return [sys.executable, "-m", "gemma_tune.gguf.engine", str(gguf), str(context), str(int(talking)),
-            *([str(projector)] if projector else [])]
-
-
-def serve(gguf: str, context: int, talking: bool, projector: str = "") -> None:
-    """Load a file with xllamacpp, print the address as JSON, and serve until standard input is closed."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = gguf
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
-    params.cpuparams.n_threads = threads()
-    # A sliding window that keeps what lies behind it can be cut back, as after /undo, without reading all anew.
-    params.swa_full = talking
-    params.warmup, params.cache_ram_mib, params.verbosity = False, 0, ERRORS_ONLY
-    if projector:
-        params.mmproj.path, params.mmproj_use_gpu = projector, False
-    server = xllamacpp.Server(params)
-    print(json.dumps({"address": server.listening_address}), flush=True)
-    sys.stdin.buffer.read()
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1", *sys.argv[4:])

@@ -20,7 +20,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.chat import llama, local
 from gemma_tune.config.stages import ChatConfig
 from gemma_tune.encoding.tokenizer import load_format
-from gemma_tune.gguf.engine import find_engine
+from gemma_tune.gguf.llama_cpp import find_engine
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement

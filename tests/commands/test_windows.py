@@ -98,7 +98,7 @@ import os, sys
 from pathlib import Path
 from gemma_tune.gguf import engine
 engine.find_engine = lambda: "xllamacpp 1"
-engine._child_command = lambda *_: [sys.executable, "-c", "print('{\\"address\\": \\"http://127.0.0.1:9\\"}', flush=True); input()"]
+engine.child_command = lambda *_: [sys.executable, "-c", "print('{\\"address\\": \\"http://127.0.0.1:9\\"}', flush=True); input()"]
 for talking in (True, False):
     with engine.Engine(Path("model.gguf"), 64, talking=talking) as one:
         assert (os.getpgid(one._process.pid) != os.getpgid(0)) == talking

@@ -26,7 +26,7 @@ from gemma_tune.encoding.tokenizer import load_format
 from gemma_tune.export.parity import _ollama_texts, prompts_of, verify
 from gemma_tune.export.parity_cases import LIMITS, SPACES, limit_of
 from gemma_tune.export.parity_report import Agreement, Case, Check, Parity
-from gemma_tune.gguf import engine
+from gemma_tune.gguf import engine, llama_cpp
 from gemma_tune.gguf.engine import Engine, EngineRefused
 from gemma_tune.gguf.vocabulary import sentencepiece
 from gemma_tune.gguf.writer import write_gguf
@@ -292,13 +292,13 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error_with_its_words(exported, 
 
 @pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("2", 2), ("64", 4), ("0", 1), ("", 4), ("4,2", 4), (None, 4)])
 def test_it_computes_with_no_more_threads_than_omp_num_threads(monkeypatch, asked, threads):
-    monkeypatch.setattr(engine.psutil, "cpu_count", lambda logical: 4)
-    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(llama_cpp.psutil, "cpu_count", lambda logical: 4)
+    monkeypatch.setattr(llama_cpp.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     if asked is None:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     else:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert engine.threads() == threads
+    assert llama_cpp.threads() == threads
 
 
 def test_an_engine_that_dies_is_an_error(exported):
@@ -327,8 +327,8 @@ def test_a_llama_server_on_the_path(exported, tmp_path, monkeypatch):
     program.write_text(SERVER.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    assert engine.find_engine() == f"llama-server {program}" and engine.engine_name() == "llama-server"
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    assert llama_cpp.find_engine() == f"llama-server {program}" and llama_cpp.engine_name() == "llama-server"
     with Engine(exported.gguf, 64) as running:
         assert running.tokenize("", add_special=True, parse_special=True) == [exported.chat.tokenizer.bos_token_id]
     assert running._process.returncode == -signal.SIGTERM
@@ -342,7 +342,7 @@ def test_a_llama_server_on_the_path(exported, tmp_path, monkeypatch):
 def test_an_engine_that_still_loads_its_file_can_be_ended_from_elsewhere(tmp_path, monkeypatch):
     """As when somebody leaves a chat before its model is loaded."""
     monkeypatch.setattr(engine, "find_engine", lambda: "llama-server /bin/llama-server")
-    monkeypatch.setattr(engine, "_server_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)", "1"])
+    monkeypatch.setattr(engine, "server_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)", "1"])
     monkeypatch.setattr(engine, "_over", threading.Event())
     monkeypatch.setattr(engine, "_processes", weakref.WeakSet())
     with ThreadPoolExecutor(1) as beside:
@@ -360,16 +360,16 @@ def test_another_program_on_the_port_is_not_taken_for_the_engine(loaded, tmp_pat
     """Its port was free a moment ago; here a server of another model has it, and the one that was started ends."""
     command = [sys.executable, "-c", "import time; time.sleep(0.5)", str(loaded._client.base_url.port)]
     monkeypatch.setattr(engine, "find_engine", lambda: "llama-server /bin/llama-server")
-    monkeypatch.setattr(engine, "_server_command", lambda *_: command)
+    monkeypatch.setattr(engine, "server_command", lambda *_: command)
     with pytest.raises(WorkFailed, match="it ended with code 0"):
         Engine(tmp_path / "other.gguf", 64)
 
 
 def test_an_aborts_words():
     log = "0.00.038.483 I loading\n/src/ggml.c:12: GGML_ASSERT(n > 0) failed\n0.00.039.000 E srv    load: failed\n"
-    assert engine.engine_words(log) == "/src/ggml.c:12: GGML_ASSERT(n > 0) failed; srv load: failed"
-    assert engine.engine_words("Traceback\nValueError: x\n") == "ValueError: x"
-    assert engine.engine_words("") == ""
+    assert llama_cpp.engine_words(log) == "/src/ggml.c:12: GGML_ASSERT(n > 0) failed; srv load: failed"
+    assert llama_cpp.engine_words("Traceback\nValueError: x\n") == "ValueError: x"
+    assert llama_cpp.engine_words("") == ""
 
 
 # --- Ollama around a template
@@ -419,9 +419,9 @@ def test_the_program_is_compiled_once_and_without_the_machines_settings(tmp_path
 
 
 def test_what_a_model_sees_with_is_given_to_either_engine():
-    for make in (functools.partial(engine._server_command, "llama-server"), engine._child_command):
+    for make in (functools.partial(llama_cpp.server_command, "llama-server"), llama_cpp.child_command):
         with_it, without = (make(Path("m.gguf"), 64, False, projector) for projector in (Path("mmproj.gguf"), None))
         assert "mmproj.gguf" in with_it and not any("mmproj" in word for word in without)
-    command = engine._server_command("llama-server", Path("m.gguf"), 64, False, Path("mmproj.gguf"))
+    command = llama_cpp.server_command("llama-server", Path("m.gguf"), 64, False, Path("mmproj.gguf"))
     at = command.index("--mmproj")
     assert command[at:at + 3] == ["--mmproj", "mmproj.gguf", "--no-mmproj-offload"] and command[-1].isdecimal(), "the port"
