@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from support.merging import merged_tensors, peft_merge
 from support.models import make_model
-from support.training import adapter_bytes, by_hand, plain_loss, stop_at
+from support.training import adapter_bytes, by_hand, plain_loss, stopped_at
 
 RUN = Path("runs/tiny-gemma")
 ADAPTER = RUN / "tiny-gemma_lora_adapter"
@@ -73,9 +73,7 @@ def test_interrupted_dora_goes_on_to_the_same_adapter(cli, prepared, monkeypatch
     flags = (*LEARN, "--dora")
     assert cli("train", *flags).code == 0
     expected = adapter_bytes(prepared)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        assert cli("train", *flags, "--force").code == 130
+    stopped_at(5, monkeypatch, *flags, "--force")
     resumed = cli("train", *flags)
     assert resumed.code == 0, resumed.err
     assert resumed.json["summary"]["resumed_from_step"] == 5

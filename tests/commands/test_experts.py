@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.command import rows, write_rows
 from support.gemmas import make_family
 from support.llamas import save_random, tokenizer_with_turns
-from support.training import stop_at
+from support.training import stopped_at
 
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
              intermediate_size=96, num_experts_per_tok=2)
@@ -82,9 +82,7 @@ def test_an_interrupted_training_of_experts_ends_as_one_that_was_not(cli, tmp_pa
     flags = (*ASK, "--max-steps", 4, "--save-steps", 2, "--dtype", "fp32")
     weights = Path(done(cli("train", *flags, "--json")).json["artifacts"]["adapter"]) / "adapter_model.safetensors"
     whole = load_file(weights)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        assert cli("train", *flags, "--force").code == 130
+    stopped_at(3, monkeypatch, *flags, "--force")
     again = done(cli("train", *flags, "--json"))
     assert again.json["summary"]["resumed_from_step"] == 3
     for name, value in load_file(weights).items():

@@ -18,7 +18,7 @@ from support.command import MANIFEST_SCHEMA, rows, write_rows
 from support.gemmas import FAMILIES, make_family
 from support.merging import merged_tensors, peft_merge
 from support.models import make_model
-from support.training import adapter_bytes, by_hand, plain_loss, stop_at
+from support.training import adapter_bytes, by_hand, plain_loss, stopped_at
 
 RUN = Path("runs/tiny-gemma")
 ADAPTER = RUN / "tiny-gemma_lora_adapter"
@@ -208,9 +208,7 @@ def test_a_checkpoint_has_a_head_that_is_the_embedding_once_and_is_an_adapter_as
 def test_interrupted_it_goes_on_to_the_same_weights(cli, prepared, monkeypatch, flags):
     assert cli("train", *LEARN, *flags).code == 0
     expected = adapter_bytes(prepared)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        assert cli("train", *LEARN, *flags, "--force").code == 130
+    stopped_at(5, monkeypatch, *LEARN, *flags, "--force")
     resumed = cli("train", *LEARN)
     assert resumed.code == 0, resumed.err
     assert resumed.json["summary"]["resumed_from_step"] == 5
@@ -343,9 +341,7 @@ def test_another_kind_of_training_leaves_the_other_s_settings_behind(cli, prepar
 
 @pytest.mark.parametrize(("stopped", "now", "rate"), [(("--rank", 8), ("--full",), 2e-5), (("--full",), ("--rank", 8), 2e-4)])
 def test_an_interrupted_training_of_the_other_kind_is_not_mixed_with_this_one(cli, prepared, monkeypatch, stopped, now, rate):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        assert cli("train", "--samples", 0, *stopped).code == 130
+    stopped_at(3, monkeypatch, "--samples", 0, *stopped)
     refused = cli("train", "--samples", 0, *now)
     assert refused.code == 2 and "holds an interrupted training with other settings" in refused.err, refused.err
     anew = cli("train", "--samples", 0, "--max-steps", 1, "--force", *now)

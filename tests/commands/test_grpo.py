@@ -17,7 +17,7 @@ from gemma_tune.answers import draws
 from gemma_tune.train.grpo import RewardTrainer
 from gemma_tune.train.rollouts import Rollouts
 from support.command import MANIFEST_SCHEMA, copied_run, invoke, rows, write_rows
-from support.training import adapter_bytes, stop_at
+from support.training import adapter_bytes, stopped_at
 
 RUN = Path("runs/tiny-gemma")
 # Half of the tiny model's answers have an "a" before it has learned anything.
@@ -87,9 +87,7 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, monk
     whole = shutil.copytree(prepared, prepared.with_name("whole"))
     flags = (*GRPO, "--max-steps", 6, "--save-steps", 2, "--dropout", 0.1)
     assert cli("train", *flags, "--run", whole).code == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        assert cli("train", *flags, "--run", prepared).code == 130
+    stopped_at(3, monkeypatch, *flags, "--run", prepared)
     result = cli("train", "--run", prepared, "--json")  # all as it was
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 3, result.err
     assert adapter_bytes(prepared) == adapter_bytes(whole), "bit for bit"

@@ -23,7 +23,7 @@ from gemma_tune.train.preference_loss import PreferenceLoss
 from gemma_tune.train.trainer import GemmaTrainer
 from gemma_tune.train.units import Units
 from support.command import MANIFEST_SCHEMA, copied_run, invoke, write_rows
-from support.training import adapter_bytes, stop_at
+from support.training import adapter_bytes, stop_at, stopped_at
 
 FLAGS = ("--epochs", 4, "--rank", 4, "--dtype", "fp32", "--learning-rate", 5e-3, "--samples", 0)
 RUN = Path("runs/tiny-gemma")
@@ -239,9 +239,7 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, monk
     whole = shutil.copytree(prepared, prepared.with_name("whole"))
     flags = (*FLAGS, "--save-steps", 2, "--sft-weight", 0.2)
     assert cli("train", *flags, "--run", whole).code == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        assert cli("train", *flags, "--run", prepared).code == 130
+    stopped_at(5, monkeypatch, *flags, "--run", prepared)
     with monkeypatch.context() as patch:
         patch.setattr(reference, "_computed", lambda *args: pytest.fail("it is known"))
         result = cli("train", "--run", prepared, "--json")  # all as it was
@@ -252,9 +250,7 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, monk
 
 def test_a_reference_that_is_gone_or_of_something_else_is_computed_again(cli, prepared, monkeypatch):
     flags = (*FLAGS, "--save-steps", 2)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        assert cli("train", *flags).code == 130
+    stopped_at(3, monkeypatch, *flags)
     kept = (RUN / "logs/reference.safetensors").read_bytes()
     for damage in (None, b"", kept[:-8], kept[:-40] + bytes(40)):
         place = shutil.copytree(RUN, RUN.with_name("other"), dirs_exist_ok=True)
@@ -297,9 +293,7 @@ def test_pairs_after_an_interrupted_training_of_answers_are_learned_as_pairs(cli
     """What followed from the first data, and nobody gave, is not taken for the second."""
     flags = ("--epochs", 2, "--rank", 4, "--dtype", "fp32", "--samples", 0)
     assert cli("prepare", data, "--model", tiny, "--valid", 2).code == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        stopped = cli("train", *flags, "--json")
+    stopped = stopped_at(2, monkeypatch, *flags, "--json")
     shown = stopped.json["error"]["hint"].partition(", or: ")[2]
     assert shown == cli("status", "--json").json["next"] == (
         "gemma-tune train --run runs/tiny-gemma --rank 4 --epochs 2 --dtype fp32 --samples 0")
@@ -449,10 +443,8 @@ def test_it_goes_on_from_the_run_s_own_adapter_and_keeps_what_that_was(cli, prep
     first = adapter_bytes(prepared)
     planned = cli("train", *quick, "--method", "dpo", *own, "--dry-run")
     assert planned.code == 0 and not [*prepared.glob("*_start_adapter_*")], planned.err
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        stopped = cli("train", *quick, "--method", "dpo", *own)
-    assert stopped.code == 130 and adapter_bytes(prepared) == first, stopped.err
+    stopped = stopped_at(2, monkeypatch, *quick, "--method", "dpo", *own)
+    assert adapter_bytes(prepared) == first, stopped.err
     [copy] = prepared.glob("tiny-gemma_start_adapter_*")
     assert f"--from-adapter {copy}" in stopped.err and (copy / "adapter_model.safetensors").read_bytes() == first
     assert cli("merge", "--no-check").code == 0, "the finished adapter is the run's as long as no other is"

@@ -21,7 +21,7 @@ from gemma_tune.train import processes, shape
 from gemma_tune.train.memory import BatchChoice
 from gemma_tune.train.record import SettingsRecord
 from support.command import QUICK
-from support.training import adapter_bytes, stop_at
+from support.training import adapter_bytes, stopped_at
 
 RUN, FILE = Path("runs/tiny-gemma"), Path("runs/tiny-gemma/train.yaml")
 
@@ -117,9 +117,7 @@ def test_a_stopped_training_has_its_file_and_goes_on_with_it(cli, trained, monke
     del manifest["stages"]["train"]
     (RUN / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(RUN / "tiny-gemma_lora_adapter")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert cli("train", *flags).code == 130
+    stopped_at(4, monkeypatch, *flags)
     status = cli("status")
     assert "interrupted" in status.err and "train.yaml" in status.err
     resumed = cli("train", "--config", FILE, "--json")

@@ -21,7 +21,7 @@ from gemma_tune.base import fingerprints
 from gemma_tune.encoding import tokenizer
 from gemma_tune.run import stopped
 from support.command import QUICK, Result, copied_run, invoke, rows, write_rows
-from support.training import adapter_bytes, by_hand, plain_loss, stop_at
+from support.training import adapter_bytes, by_hand, plain_loss, stop_at, stopped_at
 
 LONG = ("--epochs", 6, "--rank", 4, "--dtype", "fp32", "--save-steps", 2)
 
@@ -191,9 +191,7 @@ def test_other_tokens_of_the_same_rows_are_trained_again(cli, tiny, tmp_path, fl
 def test_other_tokens_do_not_go_on_from_a_checkpoint_of_the_earlier_ones(cli, tiny, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "talks.jsonl", talks())
     assert cli("prepare", data, "--model", tiny).code == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        assert cli("train", *LONG).code == 130
+    stopped_at(3, monkeypatch, *LONG)
     told = cli("prepare", data, "--train-on", "last", "--json")
     assert told.code == 0
     [warning] = [text for text in told.json["warnings"] if "stopped" in text]
@@ -213,9 +211,7 @@ def stopped_with_other_data(cli, tiny, tmp_path, monkeypatch) -> tuple[Path, Pat
     """Stops a training after two steps; returns the data that it learns from, and others."""
     data, other = (write_rows(tmp_path / f"{n}.jsonl", rows(n)) for n in (12, 13))
     assert cli("prepare", data, "--model", tiny).code == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *QUICK).code == 130
+    stopped_at(2, monkeypatch, *QUICK)
     return data, other
 
 
@@ -291,9 +287,7 @@ def test_new_data_of_another_kind_take_a_stopped_training_s_method_away(cli, tin
     pairs = write_rows(tmp_path / "pairs.jsonl", [
         {"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": f"No {n}"} for n in range(12)])
     assert cli("prepare", pairs, "--model", tiny).code == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *QUICK).code == 130
+    stopped_at(2, monkeypatch, *QUICK)
     assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows())).code == 0
     following = cli("status", "--json").json["next"]
     assert following == "gemma-tune train --run runs/tiny-gemma --force" and following in cli("train").err
@@ -623,10 +617,7 @@ def test_a_training_that_was_killed_after_its_last_step_is_finished_without_anot
 def test_an_interrupted_repetition_with_the_same_settings_is_finished(cli, prepared, monkeypatch):
     assert cli("train", *LONG).code == 0
     expected, whole = adapter_bytes(prepared), json.loads((prepared / "manifest.json").read_text())
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        again = cli("train", *LONG, "--force")
-    assert again.code == 130
+    again = stopped_at(5, monkeypatch, *LONG, "--force")
     assert "--force" not in again.err.split("Hint:")[1]
     assert cli("status", "--json").json["stages"]["train"]["state"].startswith("interrupted")
     result = cli("train", *LONG, "--json")
@@ -648,9 +639,7 @@ def test_a_resumed_training_stays_with_its_compute_type(cli, prepared, monkeypat
     flags = ("--epochs", 2, "--rank", 4)
     monkeypatch.setattr(models, "bf16_instructions", lambda: None)
     monkeypatch.setattr(models, "bf16_speed", lambda: 2.0)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *flags).code == 130
+    stopped_at(2, monkeypatch, *flags)
     monkeypatch.setattr(models, "bf16_speed", lambda: 0.5)
     refused = cli("train", *flags, "--dtype", "fp32")
     assert refused.code == 2 and "computed in bf16" in refused.err
@@ -759,9 +748,7 @@ def test_the_adapter_of_a_4_bit_base_is_trained_in_fp32(cli, prepared):
 
 
 def test_force_keeps_an_interrupted_training_until_the_new_one_has_begun(cli, prepared, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        assert cli("train", *LONG).code == 130
+    stopped_at(3, monkeypatch, *LONG)
     assert cli("train", *LONG, "--target-modules", "no_proj", "--force").code == 2
     assert cli("train", *LONG, "--json").json["summary"]["resumed_from_step"] > 0
 
@@ -813,9 +800,7 @@ def test_without_validation_rows_the_training_loss_says_whether_it_got_worse(cli
 
 
 def test_a_resumed_training_is_compared_with_its_beginning(cli, prepared, monkeypatch, climbing):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *HARM).code == 130
+    stopped_at(2, monkeypatch, *HARM)
     result = cli("train", *HARM)
     assert result.code == 1, result.err
     assert "going on from checkpoint-2" in result.err and "made the model worse: validation loss" in result.err
@@ -834,10 +819,7 @@ def test_run_stops_at_a_training_that_made_the_model_worse(cli, tiny, data, tmp_
 
 def test_a_forced_training_that_is_stopped_goes_on_with_the_command_that_is_shown(cli, trained, monkeypatch):
     flags = ("--epochs", 3, "--rank", 4, "--dtype", "fp32", "--learning-rate", 1e-3)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        stopped = cli("train", *flags, "--force")
-    assert stopped.code == 130
+    stopped = stopped_at(2, monkeypatch, *flags, "--force")
     hint = stopped.err.split("Hint: ")[1].strip()
     assert "repeat" not in hint and "--force" not in hint
     shown = shlex.split(hint.split("to go on from there: ")[1])
@@ -846,9 +828,7 @@ def test_a_forced_training_that_is_stopped_goes_on_with_the_command_that_is_show
 
 
 def test_forcing_again_says_what_is_lost(cli, prepared, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *LONG).code == 130
+    stopped_at(2, monkeypatch, *LONG)
     result = cli("train", *LONG, "--force")
     assert "--force starts anew: checkpoint-2 of an interrupted training is lost" in result.err
 
@@ -881,9 +861,7 @@ def test_repeating_a_forced_training_is_advised_without_force(cli, trained, monk
     from gemma_tune.train import stage as train
 
     if waiting:
-        with monkeypatch.context() as patch:
-            stop_at(patch, 2)
-            assert cli("train", *QUICK, "--force").code == 130
+        stopped_at(2, monkeypatch, *QUICK, "--force")
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -927,9 +905,7 @@ def test_as_many_processes_as_before_are_said(cli, trained, monkeypatch):
 def test_an_interrupted_training_is_finished_by_train_alone(cli, prepared, monkeypatch):
     """Its settings are newer than those of the run's result."""
     assert cli("train", *QUICK).code == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", "--rank", 16, "--epochs", 2, "--seed", 7).code == 130
+    stopped_at(2, monkeypatch, "--rank", 16, "--epochs", 2, "--seed", 7)
     planned = cli("train", "--dry-run", "--json").json
     assert planned["steps"] == 6
     result = cli("train", "--json")

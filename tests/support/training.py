@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from gemma_tune.base.errors import INTERRUPTED
+from support.command import Result, invoke
+
 
 def adapter_bytes(run: Path) -> bytes:
     return (run / "tiny-gemma_lora_adapter" / "adapter_model.safetensors").read_bytes()
@@ -49,3 +52,12 @@ def stop_at(monkeypatch, step: int) -> None:
         return plain(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(StopRequest, "on_step_end", on_step_end)
+
+
+def stopped_at(step: int, monkeypatch, *flags: object) -> Result:
+    """``train`` with these flags, as if Ctrl-C came during this step."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        result = invoke("train", *flags)
+    assert result.code == INTERRUPTED, result.err
+    return result

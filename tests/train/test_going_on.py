@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.plan import rate_at
 from support.command import copied_run, rows, write_rows
-from support.training import adapter_bytes, stop_at
+from support.training import adapter_bytes, stopped_at
 
 RUN = Path("runs/tiny-gemma")
 RATE = ("--rank", 4, "--dtype", "fp32", "--learning-rate", 2e-3)
@@ -97,9 +97,7 @@ def test_the_plan_tells_the_time_of_the_steps_that_are_left(cli, steady, monkeyp
     assert (anew["steps"], anew["steps_done"], planned.json["steps"], planned.json["steps_done"]) == (9, 0, 9, 3)
     assert planned.json["seconds"] == pytest.approx(anew["seconds"] * 6 / 9)
     assert "for the 6 steps to go" in " ".join(planned.err.split())
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        assert cli("train", "--continue", "--epochs", 3).code == 130
+    stopped_at(5, monkeypatch, "--continue", "--epochs", 3)
     waiting = cli("train", "--continue", "--epochs", 3, "--dry-run", "--json")
     assert waiting.json["steps_done"] == 5, waiting.err
 
@@ -116,14 +114,9 @@ def test_a_continuation_that_is_stopped_again_and_again_ends_as_without(cli, ste
         assert cli("train", "--continue", "--epochs", 2).code == 130
     checkpoints = steady / "training_checkpoints"
     assert (checkpoints / "checkpoint-3").is_dir() and cli("status", "--json").json["stages"]["train"]["state"] == "done"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert cli("train", "--continue", "--epochs", 2).code == 130
+    stopped_at(4, monkeypatch, "--continue", "--epochs", 2)
     (checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        again = cli("train")
-    assert again.code == 130
+    again = stopped_at(5, monkeypatch)
     assert "optimizer.pt was changed): the training goes on from the end of the finished one" in again.err
     assert "going on from checkpoint-3 of the finished training" in again.err
     assert cli("status", "--json").json["stages"]["train"]["state"] == "interrupted: checkpoint-5 is saved"
@@ -200,10 +193,7 @@ def test_where_the_checkpoint_is_gone_the_adapter_goes_on(cli, steady, monkeypat
     first, loss = summary_of(), summary_of()["eval_loss_after"]
     planned = cli("train", "--continue", "--epochs", 2, "--dry-run", "--json")
     assert planned.json["micro_batch"] == 2, "as many as before, though more fit"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        stopped = cli("train", "--continue", "--epochs", 2)
-    assert stopped.code == 130
+    stopped = stopped_at(2, monkeypatch, "--continue", "--epochs", 2)
     assert ("no checkpoint of the finished training is left: going on from its adapter with a fresh optimiser, for the 3 "
             "steps missing of 6") in stopped.err
     assert metrics()[0]["step"] == 0 and metrics()[0]["eval_loss"] == pytest.approx(loss, rel=1e-6)
@@ -324,9 +314,7 @@ def test_one_that_can_go_on_has_its_place_until_it_ends(cli, steady, monkeypatch
     """The finished one's log, settings and last checkpoint stay beside it, and go when it is recorded."""
     settings, best, summary = (steady / "train.yaml").read_bytes(), cli("status", "--json").json["best"], summary_of()
     aside = steady / "training_checkpoints" / f"finished-{summary['training_id']}"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *OTHER).code == 130
+    stopped_at(2, monkeypatch, *OTHER)
     status = cli("status", "--json")
     assert status.json["best"] == best and "lowest validation loss so far" in " ".join(status.err.split())
     assert (steady / "train.yaml").read_bytes() == settings and summary_of() == summary
@@ -337,9 +325,7 @@ def test_one_that_can_go_on_has_its_place_until_it_ends(cli, steady, monkeypatch
         patch.setattr(GemmaTrainer, "_save_checkpoint", fails)
         assert cli("train", *OTHER).code == 1
     assert not aside.exists() and (steady / "training_checkpoints" / "checkpoint-3").is_dir()
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *OTHER).code == 130
+    stopped_at(2, monkeypatch, *OTHER)
     assert cli("train").code == 0 and summary_of()["resumed_from_step"] == 2
     assert not aside.exists() and b"seed: 5" in (steady / "train.yaml").read_bytes()
 

@@ -19,7 +19,7 @@ from gemma_tune.train.plan import EFFICIENCY, Sizes, make_plan, total_steps
 from gemma_tune.train.shape import ModelShape
 from support.command import QUICK, rows, write_rows
 from support.prepared import same_examples
-from support.training import stop_at
+from support.training import stopped_at
 
 SHAPE = ModelShape(parameters=10**6, linear=10**6, active=10**6, adapter=10**4, adapter_active=10**4, adapted=7, experts=0, head=10**5, hidden=64, widest=128,
                    layers=2, attention=64, item=4, kept=lambda rows, length: rows * length)
@@ -97,9 +97,7 @@ def test_processes_on_a_cpu_share_its_memory(cli, prepared, monkeypatch):
 
 def test_an_interrupted_training_goes_on_as_it_was_worked_on_unless_it_is_to_start_anew(cli, prepared, monkeypatch):
     flags = ("--rank", 4, "--dtype", "fp32", "--batch-size", 4)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert cli("train", *flags, "--micro-batch", 2).code == 130
+    stopped_at(2, monkeypatch, *flags, "--micro-batch", 2)
     waiting, anew = (cli("train", *flags, "--dry-run", "--json", *more).json for more in ((), ("--force",)))
     assert (waiting["steps_done"], waiting["micro_batch"], anew["steps_done"], anew["micro_batch"]) == (2, 2, 0, 4)
     assert any("with its settings it goes on" in note for note in waiting["notes"])

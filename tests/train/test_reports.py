@@ -19,7 +19,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.train.report_to import require
 from support.command import QUICK
-from support.training import adapter_bytes, stop_at
+from support.training import adapter_bytes, stopped_at
 
 RUN = Path("runs/tiny-gemma")
 LONG = ("--epochs", 3, "--rank", 4, "--dtype", "fp32", "--save-steps", 2, "--eval-steps", 4)
@@ -153,10 +153,8 @@ def test_they_are_told_what_the_log_has(cli, trained, recorder):
 
 
 def test_a_training_that_goes_on_is_reported_from_there_under_the_same_name(cli, trained, recorder, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        stopped = cli("train", *LONG, "--force", "--report-to", "recorder")
-    assert stopped.code == 130 and "--report-to recorder" in stopped.err
+    stopped = stopped_at(5, monkeypatch, *LONG, "--force", "--report-to", "recorder")
+    assert "--report-to recorder" in stopped.err
     first = recorder.last
     assert [step for step, values in first.logs if "loss" in values] == [1, 2, 3, 4, 5]
     assert first.events[-1] == "end"
@@ -228,9 +226,7 @@ def test_tensorboards_file_read_back(cli, trained, monkeypatch):
 
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     flags = (*LONG, "--report-to", "tensorboard")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        assert cli("train", *flags, "--force").code == 130
+    stopped_at(5, monkeypatch, *flags, "--force")
     done = cli("train", *flags)
     assert done.code == 0, done.err
     [folder] = (RUN / "logs" / "tensorboard").iterdir()

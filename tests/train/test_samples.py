@@ -25,7 +25,7 @@ from support import seers
 from support.command import copied_run, invoke, rows, write_rows
 from support.listener import Said
 from support.seeing import generated
-from support.training import stop_at
+from support.training import stopped_at
 
 FLAGS = ("--max-steps", 2, "--eval-steps", 1, "--save-steps", 3, "--rank", 8, "--dtype", "fp32", "--learning-rate", 3e-2, "--keep",
          "last", "--json")
@@ -160,9 +160,7 @@ def test_answers_that_fail_do_not_end_the_training(cli, answered, affordable, mo
 
 
 def test_a_resumed_training_has_each_answer_once(cli, answered, affordable, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1)
-        assert cli("train", *FLAGS, "--samples", 1, "--force").code == 130
+    stopped_at(1, monkeypatch, *FLAGS, "--samples", 1, "--force")
     before = asked(answered)
     assert cli("train", *FLAGS, "--samples", 1).code == 0
     assert [r["step"] for r in before] == [0, 1] and asked(answered)[:2] == before

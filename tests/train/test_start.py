@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from support.command import write_rows
 from support.models import make_model
-from support.training import adapter_bytes, by_hand, plain_loss, stop_at
+from support.training import adapter_bytes, by_hand, plain_loss, stopped_at
 
 RUN = Path("runs/tiny-gemma")
 ADAPTER = RUN / "tiny-gemma_lora_adapter"
@@ -216,10 +216,8 @@ def test_an_interrupted_one_goes_on_by_itself(cli, prepared, tiny, tmp_path, mon
     flags = ("--from-adapter", given, *FLAGS, "--epochs", 2)
     assert cli("train", *flags).code == 0
     expected = adapter_bytes(prepared)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        stopped = cli("train", *flags, "--force")
-    assert stopped.code == 130 and f"--from-adapter {given.relative_to(tmp_path)}" in stopped.err
+    stopped = stopped_at(2, monkeypatch, *flags, "--force")
+    assert f"--from-adapter {given.relative_to(tmp_path)}" in stopped.err
     result = cli("train", "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] == 2, result.err
     assert adapter_bytes(prepared) == expected
