@@ -11,7 +11,7 @@ from support.command import ROOT
 PACKAGE = ROOT / "gemma_tune"
 # From below to above; an import goes to a line below one's own, or stays inside the package.
 FLOORS = (("base", "samples"), ("config", "hub", "encoding"), ("data", "gguf", "ollama", "answers", "lora"),
-          ("models",), ("measure", "run"), ("report",), ("prepare", "train", "chat", "evaluate", "merge", "export"),
+          ("models",), ("measure", "run"), ("report", "rewards"), ("prepare", "train", "chat", "evaluate", "merge", "export"),
           ("api", "doctor"),
           ("cli",))
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

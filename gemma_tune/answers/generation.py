@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,12 +24,14 @@ BROKEN = "\ufffd"  # what the bytes of half a character decode to
 class Answer:
     """One answer, with its outer white space.
 
-    ``ended`` says that the model ended it itself; otherwise it ran into a limit or was stopped.
+    ``ended`` says that the model ended it itself; otherwise it ran into a limit or was stopped. ``ids`` are its tokens
+    without the one that ended it, of an answer that was made in a batch.
     """
 
     text: str
     tokens: int
     ended: bool
+    ids: Sequence[int] = field(default=(), repr=False, compare=False)
 
 
 def context_of(model: Any) -> int | None:
@@ -149,7 +151,7 @@ def answer_of(chat: ChatFormat, ids: Sequence[int]) -> Answer:
     """What these ids say up to the first token that ends an answer, if there is one."""
     end = next((n for n, token in enumerate(ids) if token in chat.stop_ids), None)
     kept = ids if end is None else ids[:end]
-    return Answer(chat.said(_whole_characters(chat, kept)), len(kept), end is not None)
+    return Answer(chat.said(_whole_characters(chat, kept)), len(kept), end is not None, tuple(kept))
 
 
 def _whole_characters(chat: ChatFormat, ids: list[int]) -> str:

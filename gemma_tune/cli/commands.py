@@ -196,9 +196,9 @@ def _is_talk(prompt: str | None, input: str | None, json: bool) -> bool:
 @app.command("eval", cls=Command)
 def evaluate(ctx: typer.Context, model: o.RunsModel = None, run: o.Run = None, data: o.EvalData = None,
              pictures: o.EvalPictures = None, limit: o.Limit = None, questions: o.Questions = None,
-             max_new_tokens: o.EvalTokens = None, tasks: o.Tasks = None, seed: o.EvalSeed = None,
-             dtype: o.Dtype = None, force: o.Force = False, quiet: o.Quiet = False, json: o.Json = False,
-             config: o.ConfigFile = None, debug: o.Debug = False) -> None:
+             max_new_tokens: o.EvalTokens = None, reward: o.EvalReward = None, tasks: o.Tasks = None,
+             seed: o.EvalSeed = None, dtype: o.Dtype = None, force: o.Force = False, quiet: o.Quiet = False,
+             json: o.Json = False, config: o.ConfigFile = None, debug: o.Debug = False) -> None:
     """Compare the base and the tuned model on held-out rows: losses, and answers side by side.
 
     Reads the adapter and data/valid.jsonl, or with --data other rows. Writes report.md, answers.json and report.html,

@@ -23,7 +23,7 @@ from gemma_tune.cli.formats import OF_THE_FIRST, format_lines
 from gemma_tune.cli.hints import in_run
 from gemma_tune.cli.live import Course, Display, preferences, rewards
 from gemma_tune.cli.screen import Text
-from gemma_tune.report.tables import MEASURES
+from gemma_tune.report.tables import MEASURES, reward_of
 
 _STEP, _SMALL_STEP = 0.25, 0.05  # of a task, after which a line tells how far it is: where it is quick, and slow
 _PATIENCE = 20.0  # seconds without such a line from which on it is slow
@@ -220,7 +220,8 @@ def comparison(answers: Sequence[Mapping[str, Any]]) -> None:
         table = Table(show_header=True, expand=True)
         table.add_column("base", ratio=1, overflow="fold")
         table.add_column("tuned", ratio=1, overflow="fold")
-        table.add_row(*(Text(_shortened(item[which]) + ("" if item[f"{which}_ended"] else " …(cut off)"))
+        table.add_row(*(Text(_shortened(item[which]) + ("" if item[f"{which}_ended"] else " …(cut off)")
+                             + (f"\n({worth})" if (worth := reward_of(item, which)) else ""))
                         for which in ("base", "tuned")))
         pictures = named_shortly(Prompt(item["prompt"]).pictures)
         title = headline(item["prompt"])[:100] + (f" ({pictures})" if pictures else "")
@@ -236,14 +237,15 @@ def run_summary(stages: Mapping[str, Any], next_steps: Sequence[str], advice: st
     """The end of `run`: answers, loss, sizes, paths and what to type next."""
     train = stages["train"].summary
     evaluated = stages["eval"].summary if "eval" in stages else {"answers": [], "questions": 0}
-    loss = evaluated.get("measures", {}).get("loss")  # that of the training is one before it, which can be another's
+    measures = evaluated.get("measures", {})  # the loss of the training is one before it, which can be another's
     screen.err.rule("[bold]summary", align="left")
     comparison(evaluated["answers"])
     table = Table(box=None, pad_edge=False)
     for column in ("", "base", "tuned"):
         table.add_column(column)
-    if loss:
-        table.add_row(MEASURES["loss"].name, *(f"{loss[which][0]:.4f}" for which in ("base", "tuned")))
+    for name in ("loss", "reward"):
+        if found := measures.get(name):
+            table.add_row(MEASURES[name].name, *(f"{found[which][0]:.4f}" for which in ("base", "tuned")))
     total = evaluated.get("questions")
     for key, label in (("ended", "answers that end by themselves"), ("in_form", "answers in the example's form")):
         if {f"base_{key}", f"tuned_{key}"} <= evaluated.keys():

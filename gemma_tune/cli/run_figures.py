@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from gemma_tune.base.words import counted, last_name, size_text, span
 from gemma_tune.cli.formats import format_lines
 from gemma_tune.cli.screen import figure
+from gemma_tune.report.tables import known_measures
 from gemma_tune.run.manifest import JUDGED, PAIRS
 
 _LONGEST_LOG = 50_000_000  # bytes of logs/metrics.jsonl that are looked through for the best step
@@ -55,6 +56,8 @@ def _trained(s: Mapping[str, Any]) -> Iterator[str]:
 def _evaluated(s: Mapping[str, Any]) -> Iterator[str]:
     if {"questions", "base_ended", "tuned_ended"} <= s.keys():
         yield f"answers that end: base {s['base_ended']}, tuned {s['tuned_ended']} of {s['questions']}"
+    if reward := known_measures(s).get("reward"):
+        yield f"reward of an answer: base {reward['base'][0]:.3f}, tuned {reward['tuned'][0]:.3f}"
 
 
 def _merged(s: Mapping[str, Any]) -> Iterator[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gemma_tune.config import rewards
 from gemma_tune.config.settings import StageConfig, option
 from gemma_tune.config.shared import LARGEST_SEED, MOST_TOKENS, dtype_option
 
 USES = ("adapter", "merged", "gguf", "base", "ollama")
+NO_REWARD = ("none",)  # of answers that are not scored
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,13 @@ class EvalConfig(StageConfig):
                                         "name.", auto="as `prepare` was told, else that of each file")
     limit: int = option(200, "Rows whose loss is measured, a sample by --seed where there are more, and examples of "
                              "each of --tasks; 0 takes all.", least=0)
-    questions: int = option(10, "How many held-out rows the base and the tuned model answer.", least=1,
-                            most=1000)
-    max_new_tokens: int = option(128, "Longest answer in tokens.", least=1, most=MOST_TOKENS)
+    questions: int = option(10, "How many held-out rows the base and the tuned model answer; where the training "
+                                "learned from rewards, as many as it was evaluated with (64).", least=1, most=1000)
+    max_new_tokens: int = option(128, "Longest answer in tokens; where the training learned from rewards, that of the "
+                                      "training.", least=1, most=MOST_TOKENS)
+    reward: tuple[str, ...] = option((), "What answers are scored by as well, written as for `train --reward`; `train` "
+                                         "for what the training learned from, `none` for nothing.",
+                                     auto="what the training learned from, where that is rewards", apart=rewards.apart)
     tasks: tuple[str, ...] = option((), "Benchmarks of lm-evaluation-harness (pip install lm-eval) to run on both "
                                         "models, separated by commas, such as arc_easy,hellaswag; or a task's own "
                                         "YAML file.", auto="none")
@@ -89,7 +95,16 @@ class EvalConfig(StageConfig):
     def __post_init__(self) -> None:
         if self.tasks == ("none",):
             object.__setattr__(self, "tasks", ())
+        if self.reward == ("train",):
+            object.__setattr__(self, "reward", ())
         super().__post_init__()
+
+    def more_problems(self) -> list[str]:
+        if self.reward == NO_REWARD:
+            return []
+        if alone := [name for name in ("train", *NO_REWARD) if name in self.reward]:
+            return [f"reward: `{alone[0]}` stands alone, or rewards are named"]
+        return rewards.problems_of(self.reward)
 
     @property
     def data_file(self) -> str | None:

@@ -16,6 +16,7 @@ from gemma_tune.base.words import near, shown
 # Against the row's own answer, and of the answer alone.
 AGAINST_REFERENCE, ALONE = ("exact", "contains", "number", "chrf"), ("json", "ended")
 WITH_ARGUMENT = ("regex", "command")
+VALIDATED = 64  # validation prompts that are answered at most, spread over all: two batches
 NAMES = (*AGAINST_REFERENCE, *ALONE, *WITH_ARGUMENT)
 # Where a pattern or a command begins: it has commas, colons and equals signs of its own, and goes on to the end.
 _TO_THE_END = re.compile(rf"(?:\A|(?<=,))\s*(?:{'|'.join(WITH_ARGUMENT)})\s*(?:=[^,:]*)?:")

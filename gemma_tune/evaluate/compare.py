@@ -140,15 +140,24 @@ def worse_at_general_text(measures: dict[str, Any]) -> str | None:
 
 def worse_at_the_rows(measures: dict[str, Any]) -> str | None:
     """The same of the rows that are measured on: of pairs, of the better answers, which a training of preferences may
-    well make less likely while it learns which are better."""
+    well make less likely while it learns which are better. Whoever earns higher rewards need not say what they say."""
     found = measures.get("loss")
-    if found is None or not _rose(found):
+    if found is None or not _rose(found) or "reward" in measures and _rose(measures["reward"]):
         return None
     why = ("it prefers the better answers by more, as the worse ones fell further; a lower --learning-rate holds them, "
            "and so does a larger --beta" if "margin" in measures and _rose(measures["margin"]) else
            "it has not learned what they hold, or was trained on something else")
     return (f"the tuned model predicts these rows worse than the base: loss {found['base'][0]:.3f} -> "
             f"{found['tuned'][0]:.3f}; {why}")
+
+
+def worse_by_rewards(measures: dict[str, Any]) -> str | None:
+    """The same of the rewards of answers."""
+    found = measures.get("reward")
+    if found is None or (high := found["difference"][2]) is None or high >= 0:
+        return None
+    return (f"the tuned model's answers earn less than the base's: reward {found['base'][0]:.3f} -> "
+            f"{found['tuned'][0]:.3f}; a lower --learning-rate or more --answers make a training from rewards steadier")
 
 
 def _rose(measure: dict[str, Any]) -> bool:

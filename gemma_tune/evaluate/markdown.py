@@ -10,8 +10,9 @@ from typing import Any
 from gemma_tune import samples
 from gemma_tune.answers.prompts import headline, shown
 from gemma_tune.base.words import counted
+from gemma_tune.config.rewards import in_words
 from gemma_tune.encoding.eye import PICTURES, pictures_of
-from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, rough_rows, task_rows
+from gemma_tune.report.tables import FEW_ROWS, LEGEND, measure_rows, reward_of, rough_rows, task_rows
 from gemma_tune.run.session import Session
 
 _FENCE = re.compile(r"\s*(`{3,}(?!.*`)|~{3,})(.*)")  # of code; with backticks behind it, that is code within the line
@@ -43,8 +44,9 @@ def report(session: Session, summary: dict[str, Any]) -> str:
         for turn in item["prompt"]:
             lines += ["", f"*{turn['role']}*", "", *_quoted(_with_pictures(session, turn))]
         for which in ("base", "tuned"):
-            cut = "" if item[f"{which}_ended"] else " (cut off at the limit)"
-            lines += ["", f"**{which}**{cut}", "", *_quoted(item[which])]
+            cut = "" if item[f"{which}_ended"] else "cut off at the limit"
+            said = ", ".join(filter(None, (cut, reward_of(item, which))))
+            lines += ["", f"**{which}**{f' ({said})' if said else ''}", "", *_quoted(item[which])]
         if "reference" in item:
             lines += ["", "**the row's own answer**", "", *_quoted(item["reference"])]
     return "\n".join(lines) + "\n"
@@ -59,6 +61,8 @@ def _measures(session: Session, summary: dict[str, Any]) -> list[str]:
     file = session.config.data_file
     where = f"rows of `{Path(file).name}`" if file else "validation rows"
     said = f"On {counted(summary['rows'], 'row')} of {summary['rows_there']:,} ({where}). {LEGEND}"
+    if "reward" in summary["measures"]:
+        said += f" Answers are scored by {in_words(session.config.reward)}."
     return [*lines, "", said + (f" Fewer than {FEW_ROWS} rows give rough intervals." if rough_rows(summary) else "")]
 
 

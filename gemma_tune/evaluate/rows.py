@@ -11,6 +11,7 @@ import numpy as np
 
 from gemma_tune import samples
 from gemma_tune.answers.prompts import Prompt, prompt_of
+from gemma_tune.answers.thoughts import said
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.words import counted
 from gemma_tune.data.usable import sampled
@@ -40,11 +41,13 @@ class Question:
     Args:
         prompt: everything before the answer.
         reference: the answer that the row has, as the model would write it; None where none is known.
+        final: the same without what was thought before it.
         judged: whether its answer is to have the form that the built-in example teaches.
     """
 
     prompt: Prompt
     reference: str | None = None
+    final: str | None = None
     judged: bool = False
 
 
@@ -159,8 +162,8 @@ def _laid_out(session: Session, examples: Sequence[PreparedRow], encoder: Encode
 def _preferences(session: Session, encoder: Encoder, examples: Sequence[PreparedRow]) -> Preferences | None:
     found = preferences_of(examples, encoder)
     if found and found.left_out:
-        said = counted(found.left_out, "row of preferences is", "rows of preferences are")
-        session.listener.warn(f"{said} left out where answers are compared: an answer is longer than the training's "
+        told = counted(found.left_out, "row of preferences is", "rows of preferences are")
+        session.listener.warn(f"{told} left out where answers are compared: an answer is longer than the training's "
                               f"limit of {encoder.max_length:,} tokens")
     return found
 
@@ -184,12 +187,12 @@ def _questions(session: Session, chat: ChatFormat, rows: Sequence[tuple[Prepared
     count = session.config.questions
     chats = [(example, outcome) for example, outcome in rows if "messages" in example]
     if texts := len(rows) - len(chats):
-        said = counted(texts, "row of plain text has no question to ask: its loss alone is",
+        told = counted(texts, "row of plain text has no question to ask: its loss alone is",
                        "rows of plain text have no question to ask: their loss alone is")
-        session.listener.note(f"{said} measured")
+        session.listener.note(f"{told} measured")
     if len(chats) > count:
         chats = [chats[n] for n in np.linspace(0, len(chats) - 1, count).round().astype(int)]
-    found = [Question(prompt_of(example), reference_of(chat, outcome)) for example, outcome in chats]
+    found = [_question(chat, example, outcome) for example, outcome in chats]
     if is_example(session.manifest) and not session.config.data_file:
         own = [Question(Prompt(q["messages"]), judged=True) for q in samples.heldout_questions()][:count]
         found = [*own, *(replace(question, judged=True) for question in found)]
@@ -221,14 +224,28 @@ def _more_aside(session: Session, wanted: int, there: int) -> str:
     return f"; {command('prepare', session.run.root, '--valid', str(more))} keeps more aside, to train anew"
 
 
+def _question(chat: ChatFormat, example: PreparedRow, outcome: Outcome) -> Question:
+    reference = reference_of(chat, outcome)
+    return Question(prompt_of(example), reference, None if reference is None else _final_of(chat, outcome))
+
+
 def reference_of(chat: ChatFormat, outcome: Outcome) -> str | None:
     """The last answer of a row, decoded as a model's answer is; None where a limit has cut it."""
+    _, ids = _last_answer(outcome)
+    return chat.said(chat.decoded(ids[:-1])) if ids and ids[-1] in chat.stop_ids else None
+
+
+def _final_of(chat: ChatFormat, outcome: Outcome) -> str:
+    """The same without what was thought before it, as answers are scored."""
+    return said(chat, *_last_answer(outcome))
+
+
+def _last_answer(outcome: Outcome) -> tuple[list[int], list[int]]:
+    """The ids before the last answer of a row, and those of it."""
     sequence = outcome.full[-1]
     start, end = sequence.spans[-1]
-    ids = [int(n) for n in sequence.ids[start:end]]
-    if not ids or ids[-1] not in chat.stop_ids:
-        return None
-    return chat.said(chat.decoded(ids[:-1]))
+    ids = [int(n) for n in sequence.ids[:end]]
+    return ids[:start], ids[start:]
 
 
 def _short_enough(session: Session, chat: ChatFormat, questions: Sequence[Question]) -> list[Question]:

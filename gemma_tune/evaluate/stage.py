@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +26,11 @@ from gemma_tune.evaluate.compare import (
     on_both,
     worse_at_general_text,
     worse_at_the_rows,
+    worse_by_rewards,
 )
 from gemma_tune.evaluate.markdown import report
 from gemma_tune.evaluate.pictures import other_pictures, require_use, with_folder
+from gemma_tune.evaluate.rewards import THEN, Rewards, rewards_of, with_training_s
 from gemma_tune.evaluate.rows import FILE, Question, choose, nothing_to_measure
 from gemma_tune.evaluate.sight import base_that_sees
 from gemma_tune.evaluate.tasks import Tasks, compared, found_names, with_files
@@ -35,6 +38,9 @@ from gemma_tune.evaluate.tasks import require as require_tasks
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.report.page import write_report
 from gemma_tune.report.tables import FEW_ROWS, rough_rows, short_rows, task_rows
+from gemma_tune.rewards.files import reward_files
+from gemma_tune.rewards.program import refuse_missing
+from gemma_tune.rewards.scores import Scorer
 from gemma_tune.run.directory import command
 from gemma_tune.run.foreign import refuse_foreign_in_evaluated, remove_evaluated
 from gemma_tune.run.session import Session
@@ -58,16 +64,20 @@ def evaluate_alone(session: Session) -> StageReport:
 
     Raises:
         UserError: no adapter yet, no held-out rows, or a file of them that cannot be used.
-        WorkFailed: a benchmark of ``--tasks`` that cannot be run; the earlier result stays.
+        WorkFailed: a benchmark of ``--tasks`` that cannot be run, or a program of ``--reward`` that failed; the earlier
+            result stays.
     """
     session.require("eval")
     require_tasks(found_names(session))
     session, files = FILE.with_file(with_folder(session), session.config.data_file)
     session, task_files = with_files(session)
+    session = with_training_s(session)
+    refuse_missing(rewards := rewards_of(session.config), THEN)
+    more = task_files | reward_files(session, rewards)
     if session.config.data_file and (others := other_pictures(session)):
         session.listener.note(f"`eval` runs again: {others}")
         session = replace(session, force=True)
-    done = run_stage(session, "eval", _evaluate, files | task_files, elsewhere=_from_elsewhere(session, files))
+    done = run_stage(session, "eval", _evaluate, files | more, elsewhere=_from_elsewhere(session, files))
     if "pictures" not in done.artifacts:
         remove_evaluated(session.run)  # of other rows; perhaps a command was killed before it came to that
     given = json.loads(Path(done.artifacts["answers"]).read_text(encoding="utf-8"))
@@ -102,6 +112,7 @@ def require_settings(config: Any) -> None:
         UserError: a file, folder or package that is missing, or a folder of pictures without rows.
     """
     require_tasks(config.tasks)
+    refuse_missing(rewards_of(config), THEN)
     FILE.require(config.data_file)
     require_use(config)
 
@@ -121,6 +132,12 @@ def _evaluate(session: Session) -> Finished:
 
 
 def _measured(session: Session) -> Finished:
+    rewards = rewards_of(session.config)
+    with Scorer(rewards, THEN) if rewards else contextlib.nullcontext() as scorer:
+        return _measured_with(session, scorer)
+
+
+def _measured_with(session: Session, scorer: Scorer | None) -> Finished:
     config, listener = session.config, session.listener
     # An adapter from elsewhere may come without a tokenizer; what was merged has the one that goes with it.
     elsewhere = "train" not in session.manifest.stages
@@ -130,21 +147,27 @@ def _measured(session: Session) -> Finished:
     chat.eye = eye_of(session.model.path, chat.tokenizer, session.run.pictures)  # an adapter comes without one
     vocabulary = _other_vocabulary(session) if elsewhere else None
     chosen = choose(session, chat)
+    rewards = Rewards(scorer, chosen.questions, chat) if scorer else None
     tasks = Tasks(found_names(session), listener) if config.tasks else None
     base, seen = base_that_sees(session, chat.eye, chosen.pictures)
     model = add_adapter(base, session.inputs["adapter"], vocabulary)
     measures = losses(model, chat, chosen, config.seed, listener, seen)
     given: dict[str, list[Answer]] = {side: [] for side in SIDES}
+    worth: dict[int, dict[str, float]] = {}
     if chosen.questions:
         given = answers(model, chat, chosen.questions, config.max_new_tokens, listener, seen)
         measures |= measured_answers(given, chosen.questions, config.seed)
+    if rewards:
+        found, worth = rewards.measures(given, config.seed)
+        measures |= found
     summary = _counts(given, measures) | {"rows": chosen.rows, "rows_there": chosen.there, "measures": measures}
     if tasks:
         summary["tasks"] = compared(on_both(
             model, lambda side: tasks.run(model, chat, config.limit, config.seed, side)))
-    for said in filter(None, (worse_at_the_rows(measures), worse_at_general_text(measures))):
+    for said in filter(None, (worse_by_rewards(measures), worse_at_the_rows(measures),
+                              worse_at_general_text(measures))):
         listener.warn(said)
-    side_by_side = _compared(chosen.questions, given)
+    side_by_side = _compared(chosen.questions, given, worth)
     keep_alone(fresh_path(session.run.evaluated) / PICTURES,  # of a file's rows: the report shows no others
                {name for question in chosen.questions for name in question.prompt.pictures})
     outputs = {"report": session.run.report, "answers": session.run.answers}
@@ -176,12 +199,14 @@ def _counts(given: dict[str, list[Answer]], measures: dict[str, Any]) -> dict[st
     return found
 
 
-def _compared(questions: Sequence[Question], given: dict[str, list[Answer]]) -> list[dict[str, Any]]:
-    """Each prompt with both of its answers, as answers.json keeps them."""
+def _compared(questions: Sequence[Question], given: dict[str, list[Answer]],
+              worth: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Each prompt with both of its answers, and what these are worth, as answers.json keeps them."""
     return [{"prompt": q.prompt.messages, **({"tools": tool_names(q.prompt.tools)} if q.prompt.tools else {}),
              **({"reference": q.reference} if q.reference is not None else {}),
-             "base": base.text, "base_ended": base.ended, "tuned": tuned.text, "tuned_ended": tuned.ended}
-            for q, base, tuned in zip(questions, given["base"], given["tuned"], strict=True)]
+             "base": base.text, "base_ended": base.ended, "tuned": tuned.text, "tuned_ended": tuned.ended,
+             **worth.get(n, {})}
+            for n, (q, base, tuned) in enumerate(zip(questions, given["base"], given["tuned"], strict=True))]
 
 
 def _tell(session: Session, summary: dict[str, Any]) -> None:

@@ -122,8 +122,8 @@ def _answers(run: RunDir, summaries: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "prompt": [_turn(turn) for turn in item["prompt"]],
                 "tools": [str(name) for name in item.get("tools") or ()],
                 "reference": _cut(item["reference"]) if isinstance(item.get("reference"), str) else None,
-                **{side: {"text": _cut(item[side]), "ended": bool(item[f"{side}_ended"])}
-                   for side in ("base", "tuned")}})
+                **{side: {"text": _cut(item[side]), "ended": bool(item[f"{side}_ended"]),
+                          "reward": tables.reward_of(item, side)} for side in ("base", "tuned")}})
     return kept
 
 
@@ -144,7 +144,7 @@ def _cut(text: str) -> str:
 def _measures(evaluated: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for name, values in tables.known_measures(evaluated).items():
-        measure = tables.MEASURES[name]
+        measure = tables.measure_of(name, values)
         found.append({
             "key": name, "name": measure.name, "zh": measure.zh, "rows": values["rows"],
             "verdict": tables.verdict(name, values), "plot": charts.interval_plot(values["base"], values["tuned"]),

@@ -35,6 +35,7 @@ MEASURES: dict[str, Measure] = {
     "margin": Measure("margin of log p, nats", "较好与较差回答的对数概率之差（nat）", "plain", 1),
     "better_log_probability": Measure("log p of better, nats", "较好回答的对数概率（nat）", "plain", 1),
     "worse_log_probability": Measure("log p of worse, nats", "较差回答的对数概率（nat）", "plain", -1),
+    "reward": Measure("reward of an answer", "回答的奖励", "plain", 1),
     "exact_match": Measure("answers that are the row's own", "与数据中答案完全一致", "share", 1),
     "chrf": Measure("chrF against the row's own answer", "与数据中答案的 chrF", "score", 1),
     "in_form": Measure("answers in the example's form", "符合示例格式的回答", "share", 1),
@@ -44,6 +45,7 @@ MEASURES: dict[str, Measure] = {
     "general_loss": Measure("loss on general text", "通用文本上的损失", "plain", -1),
     "general_perplexity": Measure("perplexity of general text", "通用文本的困惑度", "plain", -1),
 }
+_PARTS = "rewards/"  # before the name of each of several rewards
 BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 
 
@@ -52,7 +54,18 @@ def known_measures(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     found = summary.get("measures")
     if not isinstance(found, Mapping):
         return {}
-    return {name: found[name] for name in MEASURES if name in found and _is_whole(found[name])}
+    parts = [name for name in found if str(name).startswith(_PARTS)]
+    names = [name for known in MEASURES for name in (known, *(parts if known == "reward" else ()))]
+    return {name: found[name] for name in names if name in found and _is_whole(found[name])}
+
+
+def measure_of(name: str, found: Mapping[str, Any]) -> Measure:
+    """How a figure is called and read; one of several rewards by its own name, and as its weight has it."""
+    if not name.startswith(_PARTS):
+        return MEASURES[name]
+    own, weight = name.removeprefix(_PARTS), found.get("weight", 1)
+    return Measure(f"the reward {own} alone", f"仅奖励 {own}", "plain",
+                   -1 if isinstance(weight, int | float) and weight < 0 else 1)
 
 
 def rough_rows(summary: Mapping[str, Any]) -> int | None:
@@ -99,7 +112,7 @@ def with_interval(parts: list[float | None], kind: str, write: Any = number) -> 
 def verdict(name: str, found: Mapping[str, Any]) -> str:
     """Whether the tuned model is better, as far as the interval of the difference tells; "" where it cannot."""
     _, low, high = found["difference"]
-    better = MEASURES[name].better
+    better = measure_of(name, found).better
     if low is None or high is None:
         return ""
     if low <= 0 <= high:
@@ -113,7 +126,7 @@ def measure_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Name, rows, base, tuned, difference and what that says, for each measure."""
     rows = []
     for name, found in known_measures(summary).items():
-        measure = MEASURES[name]
+        measure = measure_of(name, found)
         rows.append((measure.name, f"{found['rows']:,}", with_interval(found["base"], measure.kind),
                      with_interval(found["tuned"], measure.kind),
                      with_interval(found["difference"], measure.kind, signed), verdict(name, found)))
@@ -124,6 +137,16 @@ def short_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The same for a terminal of 80 columns: the interval of the difference alone, and ``unclear``."""
     return [(name, base.split(" [")[0], tuned.split(" [")[0], difference, "unclear" if said == UNCLEAR else said)
             for name, _, base, tuned, difference, said in measure_rows(summary)]
+
+
+def reward_of(answered: Mapping[str, Any], side: str) -> str:
+    """What an answer of answers.json is worth, in words; "" where it was not scored.
+
+    >>> reward_of({"tuned_reward": 0.5}, "tuned"), reward_of({}, "base")
+    ('reward 0.5', '')
+    """
+    value = answered.get(f"{side}_reward")
+    return f"reward {value:.3g}" if isinstance(value, int | float) else ""
 
 
 def task_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma_tune.answers.thoughts import said
 from gemma_tune.base.files import os_errors
 from gemma_tune.base.words import counted, opening
+from gemma_tune.config.rewards import VALIDATED
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.rewards.last_number import last_number
+from gemma_tune.rewards.scores import Scorer
 from gemma_tune.run.session import Session
 from gemma_tune.train import processes
 from gemma_tune.train.callbacks import write_last
-from gemma_tune.train.last_number import last_number
 from gemma_tune.train.loss import IGNORE_INDEX
-from gemma_tune.train.plan import VALIDATED
 from gemma_tune.train.preference import without_dropout
 from gemma_tune.train.prompts import Prompts, collate_prompts
-from gemma_tune.train.rewards import Scorer
 from gemma_tune.train.rollouts import Rollout, Rollouts, to_learn
-from gemma_tune.train.thoughts import said
 from gemma_tune.train.token_losses import TokenLosses
 from gemma_tune.train.trainer import GemmaTrainer
 

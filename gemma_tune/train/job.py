@@ -30,6 +30,7 @@ from gemma_tune.models.placement import Placement, available, best_device
 from gemma_tune.models.quantised import in_four_bits
 from gemma_tune.models.source import BaseModel
 from gemma_tune.models.whole import refuse_rotten
+from gemma_tune.rewards.scores import Scorer
 from gemma_tune.run.directory import command
 from gemma_tune.run.session import Session
 from gemma_tune.run.stopped import step_of
@@ -41,7 +42,6 @@ from gemma_tune.train.looking import Shown
 from gemma_tune.train.memory import BatchChoice, choose, refuse_four_bits
 from gemma_tune.train.plan import Sizes, rate_at, steps_per_epoch
 from gemma_tune.train.results import name_no_place
-from gemma_tune.train.rewards import Scorer
 from gemma_tune.train.shape import ModelShape, shape_of
 from gemma_tune.train.startup import Startup
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_tune.base.words import counted, span
+from gemma_tune.config.rewards import VALIDATED
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.run.stage import settings_then
 from gemma_tune.train.memory import BatchChoice, described, sampled_at_once
@@ -26,7 +27,6 @@ EFFICIENCY = 0.55
 _MEASURED = 0.3  # seconds
 _ROWS = 1024  # of the product
 FEW_STEPS = 10
-VALIDATED = 64  # validation prompts that a training from rewards answers at most, spread over all: two batches
 # What the speed depends on, beside the device, the type and how a batch is worked on.
 _OF_SPEED = ("method", "full", "target_modules", "modules_to_save", "dora", "qlora", "num_processes", "strategy",
              "cuda_graphs", "compile", "answers", "max_new_tokens")

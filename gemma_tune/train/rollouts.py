@@ -19,13 +19,13 @@ from gemma_tune.answers import decoders
 from gemma_tune.answers.draws import drawn_tokens
 from gemma_tune.answers.generation import context_of
 from gemma_tune.answers.lengths import MOST_ROWS, by_length
+from gemma_tune.answers.thoughts import said
 from gemma_tune.base.machine import free_unused, is_out_of_memory
 from gemma_tune.encoding.chat_format import ChatFormat
+from gemma_tune.rewards.scores import Scored, Scorer
 from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.prompts import Prompts
-from gemma_tune.train.rewards import Scored, Scorer
-from gemma_tune.train.thoughts import said
 from gemma_tune.train.undoing import plain_forward
 
 if TYPE_CHECKING:

@@ -21,6 +21,9 @@ from gemma_tune.encoding.tokens import pictures_in
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import with_weights
+from gemma_tune.rewards.files import reward_files
+from gemma_tune.rewards.program import refuse_missing
+from gemma_tune.rewards.scores import Scorer
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import Finished, StageReport, locked, run_stage
@@ -57,9 +60,6 @@ from gemma_tune.train.plan import TrainingPlan, described_steps, make_plan, spee
 from gemma_tune.train.record import SettingsRecord
 from gemma_tune.train.report_to import require
 from gemma_tune.train.results import plot, save_adapter
-from gemma_tune.train.reward_files import reward_files
-from gemma_tune.train.reward_program import refuse_missing
-from gemma_tune.train.rewards import Scorer
 from gemma_tune.train.shape import ModelShape
 from gemma_tune.train.start import start_folder
 from gemma_tune.train.startup import Startup
@@ -104,7 +104,8 @@ def train(session: Session, go_on: bool = False) -> StageReport:
         return (unfinished(checkpoints, manifest.finished_trainings) is not None
                 or go_on and not nothing_new(session, manifest))
 
-    report = run_stage(session, "train", partial(_train, go_on=go_on), reward_files(session), has_more, start,
+    scripts = reward_files(session, read(session.config.reward))
+    report = run_stage(session, "train", partial(_train, go_on=go_on), scripts, has_more, start,
                        long_work=_took_long, instead=instead)
     _after(session, report)
     if go_on and report.status == "up-to-date":

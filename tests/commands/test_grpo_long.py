@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.answers.prompts import Prompt
-from gemma_tune.train.rewards import Scorer
+from gemma_tune.rewards.scores import Scorer
 from gemma_tune.train.rollouts import Rollouts
 from support.command import rows, write_rows
 from support.llamas import save_opt

@@ -1,25 +1,26 @@
-"""Scripts that ``--reward command:…`` runs, as inputs of the training: where one has changed, its result is stale."""
+"""Scripts that ``--reward command:…`` runs, as inputs of a stage: where one has changed, its result is stale."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from gemma_tune.config.rewards import read
+from gemma_tune.config.rewards import Reward
+from gemma_tune.rewards.program import words_of
 from gemma_tune.run.session import Session
-from gemma_tune.train.reward_program import words_of
 
 _LARGEST = 1 << 20  # bytes of a script
 
 
-def reward_files(session: Session) -> dict[str, Path]:
+def reward_files(session: Session, rewards: Iterable[Reward]) -> dict[str, Path]:
     """The files among the words of the reward programs, by input name. One that is not there, seen from here, is where
-    the training that is recorded had it."""
-    if session.config.method != "grpo":
-        return {}
-    recorded = session.manifest.stages.get("train", {"inputs": {}})["inputs"]
+    the stage's recorded result had it, or the training's."""
+    stages, own = session.manifest.stages, type(session.config).section
+    recorded = {name: item for stage in ("train", own) if stage in stages
+                for name, item in stages[stage]["inputs"].items()}
     found: dict[str, Path] = {}
-    for reward in read(session.config.reward):
+    for reward in rewards:
         for word in words_of(reward.argument) if reward.kind == "command" else ():
             name = f"reward_{os.path.basename(word)}"
             places = [Path(word), *([session.run.root / recorded[name]["path"]] if name in recorded else [])]

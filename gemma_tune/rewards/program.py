@@ -1,7 +1,7 @@
 """A program of the user's that scores answers: it reads an answer on each line, and writes a number for each.
 
-Each process of a training starts one, once and without a shell; it ends when its standard input does. All answers of a
-step are written to it before the first number has to be there, so that it can work on several at once.
+Each process of a training, and `eval`, starts one, once and without a shell; it ends when its standard input does. All
+answers of a step are written to it before the first number has to be there, so that it can work on several at once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gemma_tune.base.errors import UserError, WorkFailed
 from gemma_tune.base.words import shown, visible
 from gemma_tune.config.rewards import Reward
 
+GO_ON = "then the same command goes on from the last checkpoint"  # of a training
 PATIENCE = 300.0  # seconds without a further number
 _TO_END = 5.0  # seconds that it has once nothing more comes
 _SHOWN = 300  # characters of what it was given
@@ -49,12 +50,16 @@ def words_of(command: str) -> list[str]:
         raise UserError(f"--reward command:{command} cannot be read: {e}", "close its quotes") from e
 
 
-def refuse_missing(rewards: Sequence[Reward]) -> None:
+def refuse_missing(rewards: Sequence[Reward], otherwise: str = "") -> None:
     """Whether the programs of all rewards are there, before any work.
+
+    Args:
+        otherwise: what else can be done, for hints.
 
     Raises:
         UserError: one is not.
     """
+    otherwise = f"; {otherwise}" if otherwise else ""
     for reward in rewards:
         if reward.kind != "command" or shutil.which(name := words_of(reward.argument)[0]) is not None:
             continue
@@ -62,9 +67,10 @@ def refuse_missing(rewards: Sequence[Reward]) -> None:
         if os.path.isfile(name):
             raise UserError(f"{name}, {asked}, is there, and is no program that can be started",
                             f"name what runs it before it{_such_as()}"
-                            + (f", or make it one: chmod +x {shell.quote(name)}" if os.name == "posix" else ""))
+                            + (f", or make it one: chmod +x {shell.quote(name)}" if os.name == "posix" else "")
+                            + otherwise)
         raise UserError(f"there is no program {name}, {asked}",
-                        f"name one that is there, with its arguments{_such_as()}")
+                        f"name one that is there, with its arguments{_such_as()}{otherwise}")
 
 
 def _such_as() -> str:
@@ -76,13 +82,14 @@ class RewardProgram:
 
     Args:
         command: program and arguments, as a POSIX shell would divide them.
+        then: what to do once it is mended, for hints.
 
     Raises:
         UserError: it cannot be started.
     """
 
-    def __init__(self, command: str):
-        self.command, words = command, words_of(command)
+    def __init__(self, command: str, then: str = GO_ON):
+        self.command, self.then, words = command, then, words_of(command)
         try:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
@@ -156,7 +163,7 @@ class RewardProgram:
         words = f"; its last words: {' / '.join(self._complaints)}" if self._complaints else ""
         return WorkFailed(f"the program of --reward command:{self.command} {what}; it was given "
                           f"{_readable(self._given)}{words}",
-                          f"{hint}; then the same command goes on from the last checkpoint")
+                          f"{hint}; {self.then}")
 
     def close(self) -> None:
         """Let it end, or end it with all that it started."""

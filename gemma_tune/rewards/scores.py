@@ -14,10 +14,11 @@ from gemma_tune.base.errors import WorkFailed
 from gemma_tune.base.words import shown
 from gemma_tune.config.rewards import Reward
 from gemma_tune.measure.texts import chrf, plain_text, same_text
-from gemma_tune.train.last_number import last_number
-from gemma_tune.train.reward_program import RewardProgram
+from gemma_tune.rewards.last_number import last_number
+from gemma_tune.rewards.program import GO_ON, RewardProgram
 
 MOST_SECONDS = 10.0  # that a pattern is looked for in one answer
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -79,13 +80,14 @@ class Scorer:
 
     Args:
         rewards: what for.
+        then: what to do once a program that failed is mended, for hints.
 
     Raises:
         UserError: a program cannot be started.
     """
 
-    def __init__(self, rewards: Sequence[Reward]):
-        self.rewards = list(rewards)
+    def __init__(self, rewards: Sequence[Reward], then: str = GO_ON):
+        self.rewards, self._then = list(rewards), then
         self.weights = np.array([reward.weight for reward in self.rewards])
         self._programs: list[RewardProgram] = []
         try:
@@ -96,7 +98,7 @@ class Scorer:
 
     def _function(self, reward: Reward) -> Callable[[Sequence[Scored]], Sequence[float]]:
         if reward.kind == "command":
-            program = RewardProgram(reward.argument)
+            program = RewardProgram(reward.argument, self._then)
             self._programs.append(program)
             return lambda all_of_them: program.scores([_as_json(one) for one in all_of_them])
         if reward.kind == "regex":

@@ -17,10 +17,11 @@ from gemma_tune.config.rewards import in_words, problems_of, read
 from gemma_tune.config.settings import as_flags, resolve
 from gemma_tune.config.settings_file import load_yaml
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.train import reward_program, rewards
-from gemma_tune.train.last_number import last_number
-from gemma_tune.train.reward_program import RewardProgram, refuse_missing, words_of
-from gemma_tune.train.rewards import Scored, Scorer
+from gemma_tune.rewards import program as reward_program
+from gemma_tune.rewards import scores as rewards
+from gemma_tune.rewards.last_number import last_number
+from gemma_tune.rewards.program import RewardProgram, refuse_missing, words_of
+from gemma_tune.rewards.scores import Scored, Scorer
 
 PROMPT = [{"role": "user", "content": "How many? 多少"}]
 # Reads all lines before it writes any number, writes to standard error as well, and says what it was given.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from gemma_tune.answers.thoughts import said
 from gemma_tune.encoding.chat_format import ChatFormat
-from gemma_tune.train.thoughts import said
 from support.templates import (
     CHATML,
     GEMMA_4,
