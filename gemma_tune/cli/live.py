@@ -189,6 +189,7 @@ def rewards(values: Mapping[str, Any], before: str = "") -> list[str]:
         "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"))
     found = [] if length is None else [f"{length:.0f} tokens an answer"]
     found += [f"{cut:.0%} cut off"] if cut else []
+    found += [f"KL {values['kl']:.3g}"] if "kl" in values else []
     return found + ([f"{tied:.0%} of the groups had one reward"] if tied else [])
 
 

@@ -9,6 +9,7 @@ from gemma_tune.config.settings import option
 
 METHODS = ("auto", "sft", "dpo", "orpo", "kto", "grpo")
 BETA = 0.1  # what the papers of all three, and TRL, begin with
+LEAST_BETA = 1e-4  # of these
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class MethodConfig:
     answers: int = option(8, "Answers that GRPO samples for each prompt; they are compared with each other.", least=2,
                           most=64)
     max_new_tokens: int = option(256, "Longest answer in tokens that GRPO samples.", least=1, most=1 << 24)
-    beta: float | None = option(None, "How close DPO and KTO stay to the model before (larger is closer); of ORPO the "
-                                      "weight of the comparison.", least=1e-4, most=100.0, auto=f"{BETA}")
+    beta: float | None = option(None, "How close DPO, KTO and GRPO stay to the model before (larger is closer); of "
+                                      "ORPO the weight of the comparison. With 0 GRPO does not look at that model.",
+                                least=0.0, most=100.0, auto=f"{BETA}, of GRPO 0")
     dpo_loss: str = option("sigmoid", "DPO's loss: `sigmoid` is the usual one, `ipo` stops pushing where the answers "
                                       "are far enough apart.", choices=("sigmoid", "ipo"))
     label_smoothing: float = option(0.0, "Share of the pairs that may be the wrong way round, for DPO's sigmoid loss.",
@@ -43,7 +45,8 @@ class MethodConfig:
     @property
     def strength(self) -> float:
         """``beta``, or its default."""
-        return BETA if self.beta is None else self.beta
+        usual = 0.0 if self.method == "grpo" else BETA
+        return usual if self.beta is None else self.beta
 
     @property
     def prefers(self) -> bool:
@@ -56,11 +59,13 @@ class MethodConfig:
                   ("label_smoothing", self.label_smoothing, ("dpo",)), ("sft_weight", self.sft_weight, ("dpo",)),
                   ("good_weight", self.good_weight != 1.0, ("kto",)),
                   ("bad_weight", self.bad_weight != 1.0, ("kto",)),
-                  ("beta", self.beta is not None, ("dpo", "orpo", "kto")),
+                  ("beta", self.beta is not None, ("dpo", "orpo", "kto", "grpo")),
                   ("reward", bool(self.reward), ("grpo",)), ("answers", self.answers != 8, ("grpo",)),
                   ("max_new_tokens", self.max_new_tokens != 256, ("grpo",))]
         problems = [f"{name}: belongs to --method {' or '.join(methods)}, and not to {self.method}"
                     for name, given, methods in others if given and self.method not in ("auto", *methods)]
+        if self.beta is not None and self.beta < LEAST_BETA and self.prefers:
+            problems.append(f"beta: {self.beta:g} is below the least possible {LEAST_BETA:g} of {self.method}")
         if self.dpo_loss == "ipo" and self.label_smoothing:
             problems.append("label_smoothing: the loss `ipo` has none")
         return problems + rewards.problems_of(self.reward)

@@ -155,6 +155,9 @@ class TrainConfig(MethodConfig, StageConfig):
             others = ["compile"] * self.compile + ["strategy fsdp"] * (self.strategy == "fsdp")
             if others:
                 return [f"method: grpo does not go together with {other}; leave one of them out" for other in others]
+            if self.strength and self.whole:  # the weights before would be in memory a second time
+                return [f"beta: of grpo does not go together with {'full' if self.full else 'modules_to_save'}; leave "
+                        "one of them out"]
         if problems := self._whole_problems():
             return problems
         if "experts" in self.target_modules:

@@ -72,7 +72,7 @@ class MetricsLog(TrainerCallback):
                    "tokens": self.tokens, "training_seconds": round(self.seconds_before + self.busy, 3),
                    "tokens_per_second": round(self.tokens_per_second, 1),
                    "seconds_left": round(self.busy / done * (state.max_steps - step), 1),
-                   **{name: value for name, value in logs.items() if "/" in name or "reward" in name},
+                   **{name: value for name, value in logs.items() if "/" in name or "reward" in name or name == "kl"},
                    **self._memory_in_use()})
 
     def _memory_in_use(self) -> dict[str, int]:

@@ -3,8 +3,9 @@
 A step samples a group of answers for each of its prompts, scores them, and makes those likelier that are better than
 their group's mean. The loss is TRL's by default (``loss_type="dapo"``, ``beta=0``; Yu et al. 2025,
 https://arxiv.org/abs/2503.14476, eq. 12): minus the advantages of all sampled tokens times their ratios, over the
-number of these tokens, without a Kullback-Leibler term. Answers that were cut off at their limit take part as they are,
-as with TRL's ``mask_truncated_completions=False``.
+number of these tokens, without a Kullback-Leibler term. With ``beta`` there is one, against the model as it was before
+its first step: that one's log-probabilities are computed in each step, as the answers are new. Answers that were cut
+off at their limit take part as they are, as with TRL's ``mask_truncated_completions=False``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gemma_tune.run.session import Session
 from gemma_tune.train import processes
 from gemma_tune.train.callbacks import write_last
 from gemma_tune.train.loss import IGNORE_INDEX
+from gemma_tune.train.policy_loss import PolicyLoss, WeightsBefore
 from gemma_tune.train.preference import without_dropout
 from gemma_tune.train.prompts import Prompts, collate_prompts
 from gemma_tune.train.rollouts import Rollout, Rollouts, to_learn
@@ -41,19 +43,6 @@ def pieces_of_answers(batch: dict[str, Any], rows: int) -> Iterator[dict[str, An
     """The batch in parts of at most ``rows`` answers."""
     for start in range(0, len(batch["lengths"]), rows):
         yield {name: batch[name][start:start + rows] for name in ("rows", "groups", "lengths", "advantages")}
-
-
-def policy_loss(losses: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """What tokens add to the loss of a step, before it is divided by the number of its tokens (scalar).
-
-    The ratio of each token's probability to that when it was sampled is 1, and its derivative that of the
-    log-probability.
-
-    Args:
-        losses: minus the log-probability of each token (n,), in nats, with gradient.
-        advantages: of its answer (n,).
-    """
-    return -(advantages * (losses.detach() - losses).exp()).sum()
 
 
 class RewardTrainer(GemmaTrainer):
@@ -78,14 +67,17 @@ class RewardTrainer(GemmaTrainer):
         self.settings, self.path = session.config, session.run.rollouts
         self.rollouts = Rollouts(self, chat, scorer, session.config.max_new_tokens)
         self.records, self._begun = list(earlier), False
-        self.token_losses = TokenLosses(self.accelerator.device, at_once=self.accelerator.device.type != "cpu")
+        token_losses = TokenLosses(self.accelerator.device, at_once=self.accelerator.device.type != "cpu")
+        self.policy = PolicyLoss(token_losses, session.config.strength, self.evaluating)
         self._silent = 0  # steps so far without a reward that differs from others, since there was one
         without_dropout(self.causal_lm)
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
     def begin_steps(self) -> None:
-        """Tell what of the data can earn no reward."""
+        """Keep what is trained, where it is compared with later; tell what of the data can earn no reward."""
+        if self.policy.beta:
+            self.policy.before = WeightsBefore(self._trainable())
         if any(reward.kind == "number" for reward in self.rollouts.scorer.rewards) and processes.is_main():
             self._tell_without_number()
         if self.eval_dataset is not None and len(self.eval_dataset) > VALIDATED:
@@ -107,7 +99,7 @@ class RewardTrainer(GemmaTrainer):
         nothing = np.full(len(prompt), IGNORE_INDEX)
         group = [{"input_ids": np.concatenate([prompt, answer]), "labels": np.concatenate([nothing, answer])}
                  for answer in (reference, reference[::-1], reference[:1])]
-        self.token_losses.shares = self.token_losses.can_share(self, group)
+        self.policy.token_losses.shares = self.policy.token_losses.can_share(self, group)
 
     def _why_not_captured(self) -> str | None:
         return "answers that are sampled have other lengths in each step" if (
@@ -126,7 +118,7 @@ class RewardTrainer(GemmaTrainer):
         answer = [longest["prompt"][0]] * self.settings.max_new_tokens
         rollout = Rollout(longest, [answer] * (rows + 1), np.zeros(rows + 1, bool), np.zeros((rows + 1, 0)),
                           np.arange(rows + 1.0), [""] * (rows + 1), "")
-        learned = next(pieces_of_answers(to_learn([rollout]), rows))
+        learned = next(pieces_of_answers(to_learn([rollout], tied=False), rows))
         return self.timed(learned, len(answer)) / rows
 
     # ---- a step ------------------------------------------------------------------------------------------------------
@@ -142,10 +134,11 @@ class RewardTrainer(GemmaTrainer):
         found = self.rollouts.sampled(self.train_dataset, items, self.settings.seed, step, self.settings.answers)
         places = iter(found)
         for batch in batch_samples:
-            batch |= to_learn([next(places) for _ in batch["prompts"]])
+            batch |= to_learn([next(places) for _ in batch["prompts"]], tied=bool(self.policy.beta))
         everywhere = [one for share in processes.gathered([_outcome(one) for one in found]) for one in share]
         figures, tokens, sampled = self._figures(everywhere)
         self._facts |= figures | {"tokens": tokens, "trained": sampled}
+        self.policy.divergence.zero_()
         self._keep(found)
         self._tell_silence(everywhere)
         return sampled
@@ -156,8 +149,24 @@ class RewardTrainer(GemmaTrainer):
         rows = inputs.get("rows", inputs.get("prompts"))
         sizes = [len(list(group)) for _, group in itertools.groupby(inputs.get("groups", range(len(rows))))]
         advantages = inputs.get("advantages", torch.ones(len(rows))).to(model.device, non_blocking=True)
-        losses = [policy_loss(losses, advantages[row]) for losses, row in self.token_losses.parts(model, rows, sizes)]
-        return torch.stack(losses).sum() / max(1, num_items_in_batch)
+        return self.policy.of(model, rows, sizes, advantages) / max(1, num_items_in_batch)
+
+    def sums(self) -> Sequence[torch.Tensor]:
+        """See :meth:`GemmaTrainer.sums`."""
+        return (self.policy.divergence,)
+
+    def measures(self) -> torch.Tensor | None:
+        """The divergence from the model before, in nats: a mean over the sampled tokens of all processes (1,)."""
+        if not self.policy.beta:
+            return None
+        total = self.policy.divergence.clone()
+        if processes.joined():
+            torch.distributed.all_reduce(total)
+        return total[None] / max(1, self._facts["trained"])
+
+    def named(self, measures: Sequence[float]) -> dict[str, float]:
+        """By TRL's name."""
+        return dict(zip(("kl",), measures))
 
     def _halve_micro_batch(self, rows: int) -> None:
         self.rollouts.forget()

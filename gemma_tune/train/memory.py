@@ -88,7 +88,7 @@ class BatchChoice:
 
 
 def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing: bool, four_bit: bool,
-             device: str, shards: int = 1, gradients: int = 1, sampled: int = 0) -> Memory:
+             device: str, shards: int = 1, gradients: int = 1, sampled: int = 0, copies: int = 0) -> Memory:
     """Peak memory of a training step of one process, in bytes.
 
     - weights: every number in the compute type; with ``four_bit`` those of linear layers take 4.127 bits, and the
@@ -117,6 +117,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
         shards: processes that share the weights among them.
         gradients: how often those are there at once.
         sampled: answers that are sampled at once.
+        copies: of the adapter, that are there beside it.
     """
     tokens = micro_batch * longest
     kept = shape.kept(micro_batch, longest)
@@ -135,7 +136,8 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     begun = shape.begun * shape.item if device == "cpu" else 0
     activations = round(FRAGMENTATION * kept)
     sampling = _sampling(shape, sampled, longest, device, activations + working)
-    return Memory(weights=weights, adapter=4 * shape.adapter + rounded + begun, gradients=4 * shape.adapter * gradients,
+    adapter = 4 * shape.adapter * (1 + copies) + rounded + begun
+    return Memory(weights=weights, adapter=adapter, gradients=4 * shape.adapter * gradients,
                   optimizer=8 * shape.adapter, activations=activations, working=working,
                   overhead=overhead, sampling=sampling)
 
@@ -164,7 +166,7 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
     for checkpointing, micro_batch in _candidates(config):
         memory = estimate(shape, micro_batch * per_row, longest, checkpointing=checkpointing, four_bit=config.qlora,
                           device=device, shards=config.shards, sampled=sampled_at_once(config),
-                          gradients=_gradients_at_once(config, micro_batch, device))
+                          gradients=_gradients_at_once(config, micro_batch, device), copies=_copies(config))
         choice = BatchChoice(micro_batch, checkpointing, memory, room, memory.total <= USABLE * room, "",
                              per_row, config.qlora, shape.linear / shape.parameters, config.full)
         first = first or choice
@@ -178,6 +180,11 @@ def choose(shape: ModelShape, config: TrainConfig, longest: int, device: str, ro
 def sampled_at_once(config: TrainConfig) -> int:
     """Answers that a training from rewards samples in one batch; 0 of others."""
     return min(MOST_ROWS, config.learned_at_once) if config.method == "grpo" else 0
+
+
+def _copies(config: TrainConfig) -> int:
+    """Two where the adapter of before takes its place now and then: that, and the one of now meanwhile."""
+    return 2 if config.method == "grpo" and config.strength else 0
 
 
 def _gradients_at_once(config: TrainConfig, micro_batch: int, device: str) -> int:

@@ -61,7 +61,7 @@ def _layers(shape: ModelShape) -> str:
 
 def _method(config: TrainConfig) -> str:
     if config.method == "grpo":
-        return f"GRPO, {sampled(config)} to each prompt"
+        return f"GRPO, {sampled(config)} to each prompt{f', beta {config.strength:g}' if config.strength else ''}"
     loss = f", loss {config.dpo_loss}" if config.dpo_loss != "sigmoid" else ""
     weight = f", weight of the chosen answers' own loss {config.sft_weight:g}" if config.sft_weight else ""
     return f"{config.method.upper()}{loss}, beta {config.strength:g}{weight}"

@@ -305,6 +305,8 @@ def _time_of_rewards(shape: ModelShape, config: TrainConfig, placement: Placemen
                                             for start in train.lengths)
     learned += (8 if shape.head_trained else 4) * shape.head * answers * length
     read = 2 * weights * (epochs * config.answers * float(train.lengths.sum()) + checked)
+    if config.strength:  # by the model before as well
+        read += 2 * answers * (weights * (float(train.lengths.mean()) + length) + shape.head * length)
     sampled = 2 * (weights + shape.head) * length * (answers + evaluations * asked)
     seconds = (learned + read) / (speed * EFFICIENCY) + sampled / (drawing * EFFICIENCY)
     return float(seconds), f"{if_all}, at {EFFICIENCY:.0%} of the speed that matrix products reach here"

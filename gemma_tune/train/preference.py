@@ -170,12 +170,7 @@ class PreferenceTrainer(GemmaTrainer):
             with self.evaluating():
                 self._measure_divergence([inputs])
             self._measured = True
-        before = self._sums.clone()
-        try:
-            super()._piecewise_step(model, inputs, count)
-        except (RuntimeError, MemoryError):  # out of memory: it is tried again in smaller pieces
-            self._sums.copy_(before)
-            raise
+        super()._piecewise_step(model, inputs, count)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """What these units add to the loss of the step (fp32 scalar)."""

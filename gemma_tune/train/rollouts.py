@@ -166,9 +166,11 @@ class Rollouts:
         free_unused(self.trainer.accelerator.device.type)
 
 
-def to_learn(found: Sequence[Rollout]) -> dict[str, Any]:
-    """Answers as rows of a training batch, group by group, those with the longest first; groups whose rewards are all
-    the same, which have no gradient, are left out.
+def to_learn(found: Sequence[Rollout], tied: bool) -> dict[str, Any]:
+    """Answers as rows of a training batch, group by group, those with the longest first.
+
+    Args:
+        tied: whether groups take part whose rewards are all the same, which have no gradient by them.
 
     Returns:
         ``rows``: ``input_ids`` and ``labels`` (length,) int64 of each answer behind its prompt; ``groups``, a number
@@ -177,7 +179,7 @@ def to_learn(found: Sequence[Rollout]) -> dict[str, Any]:
     """
     rows, groups, advantages = [], [], []
     for one in sorted(found, key=lambda one: -len(one.item["prompt"]) - max(map(len, one.answers))):
-        if one.tied:
+        if one.tied and not tied:
             continue
         prompt = np.asarray(one.item["prompt"], np.int64)
         for ids in one.answers:

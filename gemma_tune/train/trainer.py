@@ -168,6 +168,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
             model.train()
         rows = len(inputs["lengths"])
         earlier = self.gradients.saved() if self.gradients.begun and self._divisible(rows) else None
+        sums = [place.clone() for place in self.sums()]
         while True:
             self.gradients.begun = True
             try:
@@ -178,6 +179,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
                     raise
             # Outside the handler, whose traceback keeps the activations alive.
             self.gradients.restore(earlier)
+            self._restore_sums(sums)
             self._without_captured()
             self._halve_micro_batch(rows)
         return self._bad.detach()  # the library adds up what is returned; nobody looks at it
@@ -238,8 +240,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         # Outside the handler, whose traceback keeps the activations alive.
         if earlier is not None:  # else there was no memory for the copy, and nothing was added
             self.gradients.restore(earlier[0])
-            for place, value in zip(self.sums(), earlier[1]):
-                place.copy_(value)
+            self._restore_sums(earlier[1])
             earlier = None
         gc.collect()
         self.forget_captured()
@@ -255,6 +256,10 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
     def sums(self) -> Sequence[torch.Tensor]:
         """What pieces add to beside the gradients."""
         return ()
+
+    def _restore_sums(self, values: Sequence[torch.Tensor]) -> None:
+        for place, value in zip(self.sums(), values):
+            place.copy_(value)
 
     def weights(self, count: int) -> tuple[float, ...]:
         """Factors on the sums of a captured piece, see :class:`gemma_tune.train.captured.Body`."""

@@ -83,9 +83,10 @@ def test_the_reward_rises_and_every_command_goes_on_from_there(cli, prepared):
     assert cli("export-ollama", "--quant", "q8_0", "--no-verify", "--no-measure", "--no-calibration").code == 0
 
 
-def test_an_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--beta", 0.5)], ids=["plain", "beta"])
+def test_an_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, monkeypatch, more):
     whole = shutil.copytree(prepared, prepared.with_name("whole"))
-    flags = (*GRPO, "--max-steps", 6, "--save-steps", 2, "--dropout", 0.1)
+    flags = (*GRPO, "--max-steps", 6, "--save-steps", 2, "--dropout", 0.1, *more)
     assert cli("train", *flags, "--run", whole).code == 0
     stopped_at(3, monkeypatch, *flags, "--run", prepared)
     result = cli("train", "--run", prepared, "--json")  # all as it was
@@ -148,7 +149,7 @@ def test_one_learning_rate_alone_is_explained(cli, prepared):
 
 def test_two_processes_learn_what_one_does(prepared):
     alone = shutil.copytree(prepared, prepared.with_name("alone"))
-    flags = (*GRPO, "--max-steps", 3)
+    flags = (*GRPO, "--max-steps", 3, "--beta", 0.1)
     done = invoke("train", *flags, "--run", alone, "--batch-size", 4)
     assert done.code == 0, done.err
     together = python("gemma_tune", "train", *flags, "--run", prepared, "--batch-size", 2, "--num-processes", 2)
@@ -157,8 +158,22 @@ def test_two_processes_learn_what_one_does(prepared):
         for name in ("reward", "reward_std", "completions/mean_length", "frac_reward_zero_std", "tokens"):
             assert one[name] == pytest.approx(other[name], rel=1e-6), name
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3) and (one["kl"] > 0) == (one["step"] > 1)
     first, second = ([r["eval_reward"] for r in lines("metrics.jsonl", run) if "eval_reward" in r] for run in (alone, prepared))
     assert first == pytest.approx(second)
+
+
+def test_beta_holds_the_model_to_where_it_began(cli, prepared):
+    sft = ("--method", "sft", "--rank", 4, "--dtype", "fp32", "--learning-rate", 1e-2, "--max-steps", 2, "--samples", 0)
+    assert cli("train", *sft).code == 0
+    far = {}
+    for beta in (0.001, 10):
+        result = cli("train", *GRPO, "--max-steps", 6, "--beta", beta, "--force")
+        assert result.code == 0 and "tiny-gemma_sft_adapter" in result.err and f"beta {beta:g}" in result.err, result.err
+        far[beta] = [record["kl"] for record in steps()]
+        assert far[beta][0] == 0 < far[beta][-1], "of the adapter that it began with"
+    assert max(far[10]) < max(far[0.001]) / 3
+    assert " KL " in result.err
 
 
 def test_it_goes_on_from_what_learned_answers_and_from_its_end(cli, prepared):
@@ -256,7 +271,10 @@ def test_a_program_scores_a_training_and_its_failure_ends_it(cli, prepared, tmp_
     (("--reward", "exact"), "reward: belongs to --method grpo, and not to sft"),
     (("--method", "sft", "--answers", 4), "answers: belongs to --method grpo, and not to sft"),
     (("--method", "grpo", "--reward", "exakt,regex:("), "2 settings of `train` cannot be used"),
-    (("--method", "grpo", "--reward", "exact", "--beta", 0.1), "beta: belongs to --method dpo or orpo or kto, and not to grpo"),
+    (("--method", "grpo", "--reward", "exact", "--beta", 0.1, "--full"), "beta: of grpo does not go together with full"),
+    (("--method", "grpo", "--reward", "exact", "--beta", 0.1, "--modules-to-save", "embed_tokens"), "does not go together with modules_to_save"),
+    (("--method", "sft", "--beta", 0.1), "beta: belongs to --method dpo or orpo or kto or grpo, and not to sft"),
+    (("--method", "dpo", "--beta", 0), "beta: 0 is below the least possible 0.0001 of dpo"),
     (("--method", "grpo", "--reward", "exact", "--compile"), "grpo does not go together with compile"),
     (("--method", "grpo", "--reward", "exact", "--strategy", "fsdp"), "grpo does not go together with strategy fsdp"),
     (("--method", "grpo", "--reward", "exact", "--micro-batch", 33), "micro_batch: 33 is more than the batch size, 4 x 8 answers")])

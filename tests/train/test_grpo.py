@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from gemma_tune.train.grpo import RewardTrainer, pieces_of_answers
 from gemma_tune.train.kernels import fast_layers
 from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.memory import choose, estimate, sampled_at_once
+from gemma_tune.train.policy_loss import PolicyLoss, WeightsBefore
 from gemma_tune.train.rollouts import Rollout, advantages, numbers_of, to_learn
 from gemma_tune.train.shape import shape_of
 from gemma_tune.train.summed_loss import install_summed_loss
@@ -36,8 +38,8 @@ def rollouts(seed: int = 0) -> list[Rollout]:
     return found
 
 
-def theirs(trainer, found: list[Rollout]) -> tuple[float, dict[str, torch.Tensor]]:
-    """By TRL's loss, of all answers in one batch, those of tied groups among them."""
+def theirs(trainer, found: list[Rollout]) -> tuple[float, dict[str, torch.Tensor], float]:
+    """By TRL's loss, of all answers in one batch, those of tied groups among them; with its own figure of the divergence."""
     pairs = [(one.item["prompt"], ids) for one in found for ids in one.answers]
     widths = max(len(prompt) for prompt, _ in pairs), max(len(ids) for _, ids in pairs)
     batch = {name: torch.zeros(len(pairs), width, dtype=torch.long) for name, width in (
@@ -51,36 +53,61 @@ def theirs(trainer, found: list[Rollout]) -> tuple[float, dict[str, torch.Tensor
     batch["advantages"] = ((rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
     batch["num_items_in_batch"] = batch["completion_mask"].sum()
     trainer.current_gradient_accumulation_steps = 1
+    if trainer.beta:
+        ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+        with trainer.model.disable_adapter(), torch.no_grad():
+            batch["ref_per_token_logps"] = trainer._get_per_token_logps_and_entropies(trainer.model.eval(), ids, mask, widths[1])[0]
     loss = trainer._compute_loss(trainer.model.train(), batch)
     loss.backward()
-    return loss.item(), gradients(trainer.model)
+    return loss.item(), gradients(trainer.model), (trainer._metrics["train"]["kl"] or [0.0])[-1]
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize(("pieces", "way"), [(100, "shared"), (100, "similar lengths"), (100, "one batch"), (3, "shared"), (1, "similar lengths")])
-def test_the_loss_is_that_of_trl(tokenizer, tmp_path, monkeypatch, pieces, way):  # noqa: F811
+def test_the_loss_is_that_of_trl(tokenizer, tmp_path, monkeypatch, pieces, way, beta):  # noqa: F811
     from trl import GRPOConfig, GRPOTrainer
 
     found = rollouts()
     trainer = GRPOTrainer(model=adapted(tokenizer), reward_funcs=lambda **row: [0.0], processing_class=tokenizer, args=GRPOConfig(
         output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=4,
-        gradient_checkpointing=False), train_dataset=Dataset.from_dict({"prompt": ["a", "b", "c", "d"]}))
+        gradient_checkpointing=False, beta=beta), train_dataset=Dataset.from_dict({"prompt": ["a", "b", "c", "d"]}))
     moved(trainer.model)
-    expected = theirs(trainer, found)
+    *expected, divergence = theirs(trainer, found)
 
-    model = moved(adapted(tokenizer)).train()
+    model = adapted(tokenizer)
+    before = WeightsBefore(p for p in model.parameters() if p.requires_grad)
+    moved(model).train()
     install_summed_loss(model.get_base_model())
     tokens = sum(len(ids) for one in found for ids in one.answers)
     token_losses, shared, total = TokenLosses(torch.device("cpu"), way == "one batch"), [], 0.0
     token_losses.shares = way == "shared"
     theirs_too = token_losses._shared
     monkeypatch.setattr(token_losses, "_shared", lambda *given: shared.append(given[2]) or theirs_too(*given))
+    policy = PolicyLoss(token_losses, beta)
+    policy.before = before
     with fast_layers(model):
-        for part in pieces_of_answers(to_learn(found), pieces):
-            loss = RewardTrainer.compute_loss(SimpleNamespace(token_losses=token_losses), model, part, num_items_in_batch=tokens)
+        for part in pieces_of_answers(to_learn(found, tied=bool(beta)), pieces):
+            loss = RewardTrainer.compute_loss(SimpleNamespace(policy=policy), model, part, num_items_in_batch=tokens)
             loss.backward()
             total += loss.item()
-    assert shared == {(100, "shared"): [[4, 4]], (3, "shared"): [[3], [1, 2], [2]]}.get((pieces, way), [])
-    same((total, gradients(model)), expected)
+    if not beta:
+        assert shared == {(100, "shared"): [[4, 4]], (3, "shared"): [[3], [1, 2], [2]]}.get((pieces, way), [])
+    assert policy.divergence.item() / tokens == pytest.approx(divergence, rel=1e-4) and (divergence > 1e-3) == bool(beta)
+    same((total, gradients(model)), tuple(expected))
+
+
+def test_what_was_before_takes_its_place_for_a_moment():
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+    before = WeightsBefore(weights)
+    places = [weight.data_ptr() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight += 5
+    version = weights[0]._version
+    with pytest.raises(KeyError), before.put_back():
+        assert weights[0].tolist() == [1, 1, 1] and not weights[1].any() and weights[0]._version > version
+        raise KeyError
+    assert weights[0].tolist() == [6, 6, 6] and (weights[1] == 5).all() and [w.data_ptr() for w in weights] == places
 
 
 def test_advantages_are_told_within_a_group():
@@ -93,7 +120,7 @@ def test_advantages_are_told_within_a_group():
 
 def test_answers_of_tied_groups_are_not_learned():
     found = rollouts()
-    learned = to_learn(found)
+    learned = to_learn(found, tied=False)
     assert len(learned["lengths"]) == 8 and found[1].tied
     assert learned["groups"] == [2] * 4 + [0] * 4, "that with the longest first"
     rows = [(one, ids, advantage) for one in (found[2], found[0]) for ids, advantage in zip(one.answers, one.advantages)]
@@ -101,8 +128,10 @@ def test_answers_of_tied_groups_are_not_learned():
         prompt = one.item["prompt"]
         assert row["input_ids"].tolist() == [*prompt, *ids] and len(row["input_ids"]) == length
         assert row["labels"].tolist() == [IGNORE_INDEX] * len(prompt) + ids and advantage.item() == pytest.approx(own, rel=1e-6)
-    nothing = to_learn(found[1:2])
+    nothing = to_learn(found[1:2], tied=False)
     assert nothing["rows"][0]["labels"].tolist() == [IGNORE_INDEX] and nothing["lengths"].tolist() == [1]
+    everything = to_learn(found, tied=True)
+    assert len(everything["lengths"]) == 12 and sum(not value for value in everything["advantages"].tolist()) == 4
 
 
 def test_numbers_follow_from_seed_step_and_prompt_alone():
@@ -125,5 +154,7 @@ def test_the_plan_counts_what_is_sampled(tiny):
     assert on_cpu.sampling == 0, "less than the step needs when it is gone"
     large = estimate(shape, 1, 100_000, checkpointing=False, four_bit=False, device="cpu", sampled=32)
     assert large.total >= 32 * 100_000 * shape.cached * 4
+    compared = choose(shape, dataclasses.replace(config, beta=0.1), 230, "cpu", 10 ** 12).memory
+    assert compared.adapter == 3 * choose(shape, config, 230, "cpu", 10 ** 12).memory.adapter, "of before, of now, and the one that changes"
     chosen = choose(shape, config, 230, "cpu", 10 ** 12)
     assert chosen.micro_batch == 32 and 32 % choose(shape, config, 230, "cpu", 900_000_000).micro_batch == 0
