@@ -18,15 +18,16 @@ from gemma_tune.encoding.chat_format import ChatFormat
 
 
 def drawn_tokens(model: Any, chat: ChatFormat, encoded: Sequence[Sequence[int]], numbers: Any | None, most: int,
-                 ) -> list[list[int]]:
+                 temperature: float = 1.0) -> list[list[int]]:
     """What a model that is being trained writes after prompts, as ids up to the token that ends an answer, with it.
 
-    The distribution is the model's own: temperature 1, nothing cut off, and its generation settings take no part.
+    The distribution is the model's own, nothing is cut off, and its generation settings take no part.
 
     Args:
         encoded: ids of each prompt.
         numbers: (rows, ``most``) float64 on the CPU, a number for each token of each row; None takes the likeliest.
         most: tokens of an answer.
+        temperature: what logits are divided by before they become probabilities.
 
     Raises:
         UserError: the longest prompt fills the model's context, or logits are not finite.
@@ -36,7 +37,8 @@ def drawn_tokens(model: Any, chat: ChatFormat, encoded: Sequence[Sequence[int]],
     ids, mask, pad = padded(model, chat, [list(e) for e in encoded])
     width = ids.shape[1]
     limit = room_for_answer(model, width, most)
-    choose = _chooser(None if numbers is None else numbers.to(model.device, _widest(model.device)), width)
+    given = None if numbers is None else numbers.to(model.device, _widest(model.device))
+    choose = _chooser(given, width, temperature)
     with torch.inference_mode(), _no_settings(model):
         arguments = sampling_arguments(model, {"temperature": 0.0})
         if decoding.pays(model):
@@ -82,11 +84,11 @@ def _widest(device: Any) -> Any:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _chooser(numbers: Any | None, width: int) -> decoding.Chooser:
+def _chooser(numbers: Any | None, width: int, temperature: float) -> decoding.Chooser:
     def choose(ids: Any, logits: Any) -> Any:
         if numbers is None:
             return logits.argmax(-1)
-        sums = logits.float().softmax(-1).cumsum(-1, dtype=numbers.dtype)
+        sums = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=numbers.dtype)
         wanted = numbers[:, ids.shape[1] - width, None] * sums[:, -1:]
         import torch
 

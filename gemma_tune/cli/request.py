@@ -26,6 +26,9 @@ from gemma_tune.train import processes
 if TYPE_CHECKING:
     from gemma_tune.run.session import Session
 
+# Options of `run` that are settings of one stage, though another has some of that name: `eval` follows the training.
+_OF_RUN = {"data": "prepare", "pictures": "prepare", "reward": "train"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -72,11 +75,10 @@ class Request:
         return dataclasses.replace(self, options={**self.options, **options})
 
     def given(self, stage: str) -> dict[str, Any]:
-        """The options that are settings of ``stage``; the DATA of `run`, and their pictures, are those of `prepare`
-        alone."""
-        prepares = "columns" in self.options
+        """The options that are settings of ``stage``; those of `run` can be another stage's alone."""
+        of_run = "columns" in self.options
         return {f.name: self.options[f.name] for f in dataclasses.fields(CONFIGS[stage]) if f.name in self.options
-                and (stage == "prepare" or f.name not in ("data", "pictures") or not prepares)}
+                and not (of_run and _OF_RUN.get(f.name, stage) != stage)}
 
     def settings(self, stage: str) -> Any:
         """The settings of ``stage``, as far as they are known before its model.

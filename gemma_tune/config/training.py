@@ -172,19 +172,13 @@ class TrainConfig(MethodConfig, StageConfig):
 
     def outdone(self, given: Collection[str], before: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Whoever asks for an adapter's rank wants an adapter, and whoever wants all weights trained none; the learning
-        rate of one is ten times that of the other. With another method go the settings of rewards."""
-        gone = self._outdone_by_method(given, before)
+        rate of one is ten times that of the other. With another method go settings that are not its own."""
+        gone = self.outdone_by_method(given, before.get("method", {"value": AUTO})["value"])
         kinds = {"full", "qlora", *OF_ADAPTERS}
         asked = any(name in ("full", "target_modules") or getattr(self, name) for name in kinds.intersection(given))
         if not asked or self.full == before.get("full", {"value": False})["value"]:
             return gone
         return gone | kinds | {"learning_rate"}
-
-    def _outdone_by_method(self, given: Collection[str], before: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Where answers were learned from rewards, and are to be learned otherwise now."""
-        earlier = before.get("method", {"value": AUTO})["value"]
-        away = earlier == "grpo" and "method" in given and self.method != "grpo"
-        return {"reward", "answers", "max_new_tokens"} if away else set()
 
     def _whole_problems(self) -> list[str]:
         """Settings that do not go with weights that are trained as a whole."""

@@ -65,9 +65,10 @@ class RewardTrainer(GemmaTrainer):
         super().__init__(*args, **kwargs)
         self.train_dataset, self.eval_dataset = prompts[0], prompts[1] if len(prompts[1]) else None
         self.settings, self.path = session.config, session.run.rollouts
-        self.rollouts = Rollouts(self, chat, scorer, session.config.max_new_tokens)
+        self.rollouts = Rollouts(self, chat, scorer, session.config)
         self.records, self._begun = list(earlier), False
-        token_losses = TokenLosses(self.accelerator.device, at_once=self.accelerator.device.type != "cpu")
+        token_losses = TokenLosses(self.accelerator.device, at_once=self.accelerator.device.type != "cpu",
+                                   temperature=session.config.temperature)
         self.policy = PolicyLoss(token_losses, session.config.strength, self.evaluating)
         self._silent = 0  # steps so far without a reward that differs from others, since there was one
         without_dropout(self.causal_lm)

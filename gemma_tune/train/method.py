@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.config.families import family_defaults, full_defaults, preference_defaults
+from gemma_tune.config.preference import OF_METHODS
 from gemma_tune.config.settings import in_words
 from gemma_tune.config.stages import AUTO, TrainConfig
 from gemma_tune.run.directory import command
@@ -56,7 +58,7 @@ def with_method(session: Session) -> Session:
                         f"prepare such data: {command('prepare', session.run.root, such)}; or train with {fitting}")
     if method == "grpo" and not session.config.reward:
         raise UserError("--method grpo learns from rewards, and no --reward says what answers are worth", _REWARDS)
-    values = {} if asked != AUTO else {"method": method}
+    values = {} if asked != AUTO else {"method": method} | _not_of(session, method)
     reasons = [f"method {method}: the data are {_ARE[kind]}"] if asked == AUTO and kind != CONVERSATIONS else []
     if method != "sft":
         usual, why = preference_defaults(method, session.config.full)
@@ -68,8 +70,18 @@ def with_method(session: Session) -> Session:
         return session
     for reason in reasons:
         session.listener.note(reason)
-    origins = {name: {"from": "data" if name == "method" else "method"} for name in values}
-    return replace(session, resolved=session.resolved.but(values, origins))
+    origins = {"method": "data", **dict.fromkeys(OF_METHODS, "default")}
+    return replace(session, resolved=session.resolved.but(
+        values, {name: {"from": origins.get(name, "method")} for name in values}))
+
+
+def _not_of(session: Session, method: str) -> dict[str, Any]:
+    """Settings of before that the method does not have, with their defaults: nobody asks for them now."""
+    others = {name: usual for name, usual in session.config.not_of(method).items() if name not in session.given}
+    if others:
+        kept = {name: getattr(session.config, name) for name in others}
+        session.listener.note(f"{in_words(kept)}: of the training before, and left out, as {method} has no such thing")
+    return others
 
 
 def usual_rate(session: Session, method: str) -> float:

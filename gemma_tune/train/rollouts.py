@@ -21,6 +21,7 @@ from gemma_tune.answers.generation import context_of
 from gemma_tune.answers.lengths import MOST_ROWS, by_length
 from gemma_tune.answers.thoughts import said
 from gemma_tune.base.machine import free_unused, is_out_of_memory
+from gemma_tune.config.stages import TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.rewards.scores import Scored, Scorer
 from gemma_tune.train.attention import AS_MASKED
@@ -45,6 +46,7 @@ class Rollout:
         scores: (answers, rewards), without weights.
         rewards: (answers,) their sums by weight.
         texts: what each says; ``reference``, what the row does.
+        scaled: whether advantages are in standard deviations of the rewards.
     """
 
     item: dict[str, Any]
@@ -54,11 +56,12 @@ class Rollout:
     rewards: np.ndarray
     texts: list[str]
     reference: str
+    scaled: bool = True
 
     @property
     def advantages(self) -> np.ndarray:
         """Of each answer (answers,), float64; zeros where all rewards are the same, which says nothing."""
-        return advantages(self.rewards)
+        return advantages(self.rewards, self.scaled)
 
     @property
     def tied(self) -> bool:
@@ -66,11 +69,13 @@ class Rollout:
         return not self.advantages.any()
 
 
-def advantages(rewards: np.ndarray) -> np.ndarray:
-    """``(r - mean) / (std + 1e-4)`` of one group's rewards (answers,), with the standard deviation of a sample."""
+def advantages(rewards: np.ndarray, scaled: bool = True) -> np.ndarray:
+    """``(r - mean) / (std + 1e-4)`` of one group's rewards (answers,), with the standard deviation of a sample; else
+    ``r - mean``, which Liu et al. 2025 (https://arxiv.org/abs/2503.20783) propose: so hard and easy prompts count no
+    more than others."""
     if len(rewards) < 2 or np.ptp(rewards) <= 1e-8 * np.abs(rewards).max(initial=1e-8):
         return np.zeros(len(rewards))
-    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + _TINY)
+    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + _TINY if scaled else 1.0)
 
 
 def numbers_of(seed: int, step: int, prompt: int, answers: int, tokens: int) -> np.ndarray:
@@ -83,14 +88,16 @@ class Rollouts:
 
     Args:
         chat: with the tokenizer that the answers are read by.
-        most: tokens of an answer.
+        settings: of the training: how long answers can be, what they are sampled by, and what their advantages are.
 
     Attributes:
         at_once: rows of a batch; fewer once memory ran out.
     """
 
-    def __init__(self, trainer: GemmaTrainer, chat: ChatFormat, scorer: Scorer, most: int):
-        self.trainer, self.chat, self.scorer, self.most, self.at_once = trainer, chat, scorer, most, MOST_ROWS
+    def __init__(self, trainer: GemmaTrainer, chat: ChatFormat, scorer: Scorer, settings: TrainConfig):
+        self.trainer, self.chat, self.scorer, self.at_once = trainer, chat, scorer, MOST_ROWS
+        self.most, self._temperature = settings.max_new_tokens, settings.temperature
+        self._scaled = settings.scale_rewards == "group"
 
     def sampled(self, prompts: Prompts, items: Sequence[dict[str, Any]], seed: int, step: int, group: int,
                 ) -> list[Rollout]:
@@ -115,7 +122,7 @@ class Rollouts:
         ended = np.array([bool(ids) and ids[-1] in self.chat.stop_ids for ids in answers])
         none = np.zeros((len(answers), 0))
         return Rollout(item, answers, ended, none, none, [said(self.chat, item["prompt"], ids) for ids in answers],
-                       said(self.chat, item["prompt"], item["reference"]))
+                       said(self.chat, item["prompt"], item["reference"]), self._scaled)
 
     def _with_scores(self, prompts: Prompts, found: Sequence[Rollout]) -> list[Rollout]:
         """All of a step at once, as a program may take several at a time."""
@@ -152,7 +159,7 @@ class Rollouts:
         model = self.trainer.causal_lm
         # The attention of training does not know padding on the left.
         with self.trainer.evaluating(), plain_forward(model, **{AS_MASKED: True}):
-            return drawn_tokens(model, self.chat, encoded, numbers, self.most)
+            return drawn_tokens(model, self.chat, encoded, numbers, self.most, self._temperature)
 
     def _halve(self, rows: int) -> None:
         self.forget()

@@ -18,7 +18,7 @@ from gemma_tune.train.undoing import unsharded
 def install_summed_loss(causal_lm: Any) -> None:
     """Make ``model(input_ids=…, positions=…, targets=…)`` return ``{"loss": sum in nats}``; else nothing changes.
 
-    With ``each`` it is ``{"losses": (n,) in nats}``, of each position.
+    With ``each`` it is ``{"losses": (n,) in nats}``, of each position; ``temperature`` is what logits are divided by.
 
     ``positions`` (n,) are those of the flattened ``input_ids`` (rows, length) whose hidden state predicts a trained
     token, see ``batches.trained_positions``, ``targets`` (n,) those tokens, or ``IGNORE_INDEX`` where a list was filled
@@ -38,24 +38,28 @@ def install_summed_loss(causal_lm: Any) -> None:
     theirs = causal_lm.forward
 
     def forward(self, *args: Any, positions: torch.Tensor | None = None, targets: torch.Tensor | None = None,
-                each: bool = False, seen: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+                each: bool = False, temperature: float = 1.0, seen: Mapping[str, Any] | None = None,
+                **kwargs: Any) -> Any:
         if positions is None:
             return theirs(*args, **kwargs)
         ids, places = kwargs["input_ids"], kwargs.get("position_ids")
         hidden = _hidden_of_pictures(self, ids, seen) if seen else _hidden(self, ids, places)
-        losses = _losses(self, hidden, positions, targets)
+        losses = _losses(self, hidden, positions, targets, temperature)
         return {"losses": losses} if each else {"loss": losses.sum()}
 
     causal_lm.forward = MethodType(forward, causal_lm)
 
 
-def _losses(causal_lm: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _losses(causal_lm: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor,
+            temperature: float) -> torch.Tensor:
     rows = hidden.flatten(0, 1).index_select(0, positions)
     head = causal_lm.get_output_embeddings()
     whole = getattr(head, "whole", None)  # where the head is trained
     weight, trained = (_weight(causal_lm), None) if whole is None else (whole.narrow("weight"), head.weight)
+    # What is capped is capped first and divided then, which is the same: c tanh(s u / c) / t, of c / t and s / t.
+    factors = {name: value and (value / temperature) for name, value in after_product(causal_lm).items()}
     # Under autocast the last norm may hand on fp32.
-    return rows_cross_entropy(rows.to(weight.dtype), weight, targets, trained=trained, **after_product(causal_lm))
+    return rows_cross_entropy(rows.to(weight.dtype), weight, targets, trained=trained, **factors)
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:

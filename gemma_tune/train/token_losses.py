@@ -30,13 +30,15 @@ class TokenLosses:
         device: where the model computes.
         at_once: all of them as one batch, whatever their lengths.
         shown: pictures of the training, where it has any.
+        temperature: what logits are divided by before they become probabilities.
 
     Attributes:
         shares: those that begin alike go as one.
     """
 
-    def __init__(self, device: torch.device, at_once: bool, shown: Shown | None = None):
+    def __init__(self, device: torch.device, at_once: bool, shown: Shown | None = None, temperature: float = 1.0):
         self.device, self.at_once, self.shares, self.shown = device, at_once, False, shown
+        self._asked = {"each": True, "temperature": temperature}
 
     def parts(self, model: Any, rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> Parts:
         """Losses of learned tokens (n,) in nats, and the numbers of their rows, by batches.
@@ -57,14 +59,14 @@ class TokenLosses:
                                        for t in (batch["input_ids"], positions, targets))
             seen = {"seen": self.shown.inputs(batch["input_ids"], batch[PICTURES], self.device)} if (
                 self.shown and PICTURES in batch) else {}
-            yield (model(input_ids=ids, positions=positions, targets=targets, each=True, **seen)["losses"],
+            yield (model(input_ids=ids, positions=positions, targets=targets, **self._asked, **seen)["losses"],
                    torch.tensor(chosen or [0])[row].to(self.device, non_blocking=True))
 
     def _shared(self, model: Any, rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> Parts:
         for row in shared_rows(rows, sizes):
             with within(row.spans):
                 losses = model(input_ids=row.input_ids, position_ids=row.places, positions=row.positions,
-                               targets=row.targets, each=True)["losses"]
+                               targets=row.targets, **self._asked)["losses"]
             yield losses, row.sequence
 
     def can_share(self, trainer: Any, rows: Sequence[dict[str, Any]] | None) -> bool:

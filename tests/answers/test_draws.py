@@ -41,12 +41,12 @@ def numbers(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).random((rows, MOST)))
 
 
-def by_hand(model, chat, prompt: list[int], own: torch.Tensor) -> list[int]:
+def by_hand(model, chat, prompt: list[int], own: torch.Tensor, temperature: float = 1.0) -> list[int]:
     """Token by token, from the probabilities of the whole sequence."""
     ids = list(prompt)
     for number in own:
         with torch.no_grad():
-            sums = model(torch.tensor([ids])).logits[0, -1].double().softmax(-1).cumsum(-1)
+            sums = model(torch.tensor([ids])).logits[0, -1].double().div(temperature).softmax(-1).cumsum(-1)
         ids.append(int((sums <= number * sums[-1]).sum()))
         if ids[-1] in chat.stop_ids:
             break
@@ -68,6 +68,15 @@ def test_tokens_are_those_that_the_numbers_mean_whatever_else_is_in_the_batch(mo
     for row in (0, 3):
         assert drawn_tokens(model, chat, [PROMPTS[row]], given[row:row + 1], MOST) == [together[row]]
     assert model not in decoders._given_up
+
+
+def test_a_temperature_makes_them_likelier_or_less_likely(model, chat, way):
+    given, greedy = numbers(len(PROMPTS)), drawn_tokens(model, chat, PROMPTS, None, MOST)
+    plain = drawn_tokens(model, chat, PROMPTS, given, MOST)
+    for temperature in (0.5, 2.0):
+        drawn = drawn_tokens(model, chat, PROMPTS, given, MOST, temperature)
+        assert drawn != plain and drawn == [by_hand(model, chat, prompt, own, temperature) for prompt, own in zip(PROMPTS, given)]
+    assert drawn_tokens(model, chat, PROMPTS, given, MOST, 1e-4) == greedy == drawn_tokens(model, chat, PROMPTS, None, MOST, 2.0)
 
 
 def test_an_answer_has_the_token_that_ends_it_and_nothing_behind(model, chat, way, monkeypatch):

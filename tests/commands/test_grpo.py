@@ -274,6 +274,7 @@ def test_a_program_scores_a_training_and_its_failure_ends_it(cli, prepared, tmp_
     (("--method", "grpo", "--reward", "exact", "--beta", 0.1, "--full"), "beta: of grpo does not go together with full"),
     (("--method", "grpo", "--reward", "exact", "--beta", 0.1, "--modules-to-save", "embed_tokens"), "does not go together with modules_to_save"),
     (("--method", "sft", "--beta", 0.1), "beta: belongs to --method dpo or orpo or kto or grpo, and not to sft"),
+    (("--method", "grpo", "--reward", "exact", "--temperature", 0), "temperature: 0 is below the least possible 0.01"),
     (("--method", "dpo", "--beta", 0), "beta: 0 is below the least possible 0.0001 of dpo"),
     (("--method", "grpo", "--reward", "exact", "--compile"), "grpo does not go together with compile"),
     (("--method", "grpo", "--reward", "exact", "--strategy", "fsdp"), "grpo does not go together with strategy fsdp"),

@@ -50,7 +50,8 @@ def theirs(trainer, found: list[Rollout]) -> tuple[float, dict[str, torch.Tensor
         batch["completion_ids"][n, :len(ids)], batch["completion_mask"][n, :len(ids)] = torch.tensor(ids), 1
     rewards = torch.tensor(GROUPS, dtype=torch.float32)
     spread = nanstd(rewards, dim=1)[:, None]
-    batch["advantages"] = ((rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
+    scale = spread + 1e-4 if trainer.scale_rewards == "group" else 1
+    batch["advantages"] = ((rewards - rewards.mean(1, keepdim=True)) / scale).flatten()
     batch["num_items_in_batch"] = batch["completion_mask"].sum()
     trainer.current_gradient_accumulation_steps = 1
     if trainer.beta:
@@ -62,15 +63,15 @@ def theirs(trainer, found: list[Rollout]) -> tuple[float, dict[str, torch.Tensor
     return loss.item(), gradients(trainer.model), (trainer._metrics["train"]["kl"] or [0.0])[-1]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize(("beta", "temperature", "scaled"), [(0.0, 1.0, "group"), (0.3, 1.0, "group"), (0.3, 0.7, "none")])
 @pytest.mark.parametrize(("pieces", "way"), [(100, "shared"), (100, "similar lengths"), (100, "one batch"), (3, "shared"), (1, "similar lengths")])
-def test_the_loss_is_that_of_trl(tokenizer, tmp_path, monkeypatch, pieces, way, beta):  # noqa: F811
+def test_the_loss_is_that_of_trl(tokenizer, tmp_path, monkeypatch, pieces, way, beta, temperature, scaled):  # noqa: F811
     from trl import GRPOConfig, GRPOTrainer
 
-    found = rollouts()
+    found = [dataclasses.replace(one, scaled=scaled == "group") for one in rollouts()]
     trainer = GRPOTrainer(model=adapted(tokenizer), reward_funcs=lambda **row: [0.0], processing_class=tokenizer, args=GRPOConfig(
         output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=4,
-        gradient_checkpointing=False, beta=beta), train_dataset=Dataset.from_dict({"prompt": ["a", "b", "c", "d"]}))
+        gradient_checkpointing=False, beta=beta, temperature=temperature, scale_rewards=scaled), train_dataset=Dataset.from_dict({"prompt": ["a", "b", "c", "d"]}))
     moved(trainer.model)
     *expected, divergence = theirs(trainer, found)
 
@@ -79,7 +80,7 @@ def test_the_loss_is_that_of_trl(tokenizer, tmp_path, monkeypatch, pieces, way, 
     moved(model).train()
     install_summed_loss(model.get_base_model())
     tokens = sum(len(ids) for one in found for ids in one.answers)
-    token_losses, shared, total = TokenLosses(torch.device("cpu"), way == "one batch"), [], 0.0
+    token_losses, shared, total = TokenLosses(torch.device("cpu"), way == "one batch", None, temperature), [], 0.0
     token_losses.shares = way == "shared"
     theirs_too = token_losses._shared
     monkeypatch.setattr(token_losses, "_shared", lambda *given: shared.append(given[2]) or theirs_too(*given))

@@ -175,3 +175,16 @@ def test_a_head_with_a_bias_is_refused_before_training(cli, data, tmp_path, monk
     assert result.code == 2
     assert "(phi) adds a bias to its logits" in result.err and "Hint: use a model of another family" in result.err
     assert not steps and not list(Path("runs/biased").glob("*adapter*"))
+
+
+@pytest.mark.parametrize(("family", "changes"), [("Gemma2", {"final_logit_softcapping": 3.0}), ("Cohere", {"logit_scale": 0.25}), ("Llama", {})],
+                         ids=["capped", "scaled", "plain"])
+def test_a_temperature_divides_what_the_model_makes_of_its_logits(family, changes):
+    model = small(family, **changes).eval().requires_grad_(False)
+    install_summed_loss(model)
+    ids = torch.arange(10, 20)[None]
+    with torch.no_grad():
+        expected = -(model(ids).logits[0, :-1] / 0.6).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        given = {"input_ids": ids, "positions": torch.arange(9), "targets": ids[0, 1:], "each": True}
+        assert torch.allclose(model(**given, temperature=0.6)["losses"], expected, rtol=1e-5)
+        assert not torch.allclose(model(**given)["losses"], expected, rtol=1e-2)
