@@ -79,10 +79,10 @@ class EvalConfig(StageConfig):
                                         "name.", auto="as `prepare` was told, else that of each file")
     limit: int = option(200, "Rows whose loss is measured, a sample by --seed where there are more, and examples of "
                              "each of --tasks; 0 takes all.", least=0)
-    questions: int = option(10, "How many held-out rows the base and the tuned model answer; where the training "
-                                "learned from rewards, as many as it was evaluated with (64).", least=1, most=1000)
-    max_new_tokens: int = option(128, "Longest answer in tokens; where the training learned from rewards, that of the "
-                                      "training.", least=1, most=MOST_TOKENS)
+    questions: int = option(10, "How many held-out rows the base and the tuned model answer. Where the training "
+                                f"learned from rewards, it is up to {rewards.VALIDATED}, as there.", least=1, most=1000)
+    max_new_tokens: int = option(128, "Longest answer in tokens. Where the training learned from rewards, it is as "
+                                      "there.", least=1, most=MOST_TOKENS)
     reward: tuple[str, ...] = option((), "What answers are scored by as well, written as for `train --reward`; `train` "
                                          "for what the training learned from, `none` for nothing.",
                                      auto="what the training learned from, where that is rewards", apart=rewards.apart)
