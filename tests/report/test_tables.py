@@ -24,6 +24,14 @@ def test_a_verdict_needs_an_interval_without_zero(name, difference, said):
     assert verdict(name, measure(difference)) == said
 
 
+def test_a_reward_with_a_weight_below_zero_is_better_lower():
+    rose = measure([0.5, 0.25, 0.75])
+    found = {"rewards/regex": rose | {"weight": -1.0}, "chrf": rose, "reward": rose, "rewards/json": rose | {"weight": 2.0}}
+    assert [(row[0], row[-1]) for row in measure_rows({"measures": found})] == [
+        ("reward of an answer", "better"), ("the reward regex alone", "worse"), ("the reward json alone", "better"),
+        ("chrF against the row's own answer", "better")]
+
+
 def test_rows_are_texts_with_intervals():
     summary = {"measures": {"ended": measure([0.5, 0.25, 0.75]), "loss": measure([-1.0, -1.25, -0.75], 1234)}}
     assert short_rows(summary) == [
