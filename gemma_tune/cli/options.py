@@ -121,6 +121,7 @@ Take = Annotated[Optional[str], _of(c.PrepareConfig, "take")]
 Pictures = Annotated[Optional[str], _of(c.PrepareConfig, "pictures", metavar="DIR")]
 TrainOn = Annotated[Optional[str], _of(c.PrepareConfig, "train_on")]
 ChatTemplate = Annotated[Optional[str], _of(c.PrepareConfig, "chat_template")]
+NewTokens = Annotated[Optional[list[str]], _of(c.PrepareConfig, "new_tokens", metavar="TOKEN,…", callback=_joined)]
 Thinking = Annotated[Optional[str], _of(c.PrepareConfig, "thinking")]
 Valid = Annotated[Optional[str], _of(c.PrepareConfig, "valid")]
 MaxSamples = Annotated[Optional[list[str]], _of(c.PrepareConfig, "max_samples", metavar="N|NAME=N|NAME=N%",

@@ -74,6 +74,9 @@ _ELSEWHERE = {
     "gemma-tune prepare --on-long": "truncation_strategy truncation_mode excess_length_strategy",
     "gemma-tune prepare --columns": "dataset_text_field prompt_feature completion_feature chat_feature field_messages",
     "gemma-tune prepare --model": "model_name_or_path model_name base_model model_id model_path",
+    "gemma-tune prepare --new-tokens, which take unused entries of the vocabulary":
+        "add_tokens tokens new_special_tokens add_special_tokens add_new_tokens added_tokens_overrides "
+        "trainable_token_indices",
     "gemma-tune prepare --train-on, for all answers or the last": "roles_to_train mask_history loss_scale",
     "gemma-tune prepare --chat-template, where the model has none": "template chat_template_jinja",
     "gemma-tune eval --data": "test",
@@ -122,9 +125,11 @@ _NOT_HERE = {
     "it is plain LoRA with one learning rate for A and B; other kinds are --dora and --rslora":
         "loraplus_lr_ratio lorap_lr_ratio pissa_init loftq_config init_weights init_lora_weights",
     "all rows that are kept aside are evaluated": "val_batches eval_batches max_eval_samples",
-    "every layer gets an adapter, and no token is added":
-        "num_layers lora_layers layers_to_transform lora_target_linear add_tokens new_special_tokens "
-        "add_special_tokens special_tokens resize_vocab",
+    "every layer gets an adapter": "num_layers lora_layers layers_to_transform lora_target_linear",
+    "the vocabulary keeps its size, and gemma-tune prepare --new-tokens names unused entries of it":
+        "resize_vocab resize_token_embeddings_to_32x",
+    "the model's own special tokens stay; those of one's own are named with gemma-tune prepare --new-tokens":
+        "special_tokens",
     "the command says what is done": "do_train do_eval do_predict train_mode test_mode",
     "there is no smoothing of labels but that of --method dpo": "label_smoothing_factor",
     "a tracker gets the name of the run's directory": "run_name wandb_name wandb_run_id",

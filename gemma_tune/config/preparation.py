@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ _NOT_OF_PAIRS = ("assistant", "turns", "context", "reasoning", "images")
 ROLES = ("system", "user", "assistant", "tool")
 TURN_KEYS = ("role", "content")
 _TABS = {"tab": "\t", "\\t": "\t"}  # how people write what a command line hardly takes
+NO_TOKENS = "none"  # takes back new tokens that the run has
 ALLOWABLE = ("placeholder", "control_character", "foreign_marker", "undeclared_tool")
 
 
@@ -67,6 +69,11 @@ class PrepareConfig(StageConfig):
                                              "continued as it stands), or a Jinja file. The run and the tuned model "
                                              "have it from then on; `own` takes it back.",
                                        auto="the model's own", group="advanced")
+    new_tokens: tuple[str, ...] = option((), "Words of one's own, such as <plan>,<act>, that the model is to read and "
+                                             "write as single tokens. They take entries of its vocabulary that are "
+                                             "unused, such as Gemma's <unused0>, and are learned by `train`; `none` "
+                                             "is without.",
+                                         auto="none", group="advanced")
     thinking: str = option("auto", "Whether the prompts ask for reasoning: by the chat template's switch "
                                    "(`enable_thinking`), or, for models that always think, by a thought that each "
                                    "prompt begins, or an empty one; `auto` leaves it to the template. The tuned model "
@@ -157,6 +164,7 @@ class PrepareConfig(StageConfig):
             problems.append("near_duplicates: it drops rows that `duplicates: keep` would keep; use one of them")
         problems += [f"allow: {shown(code)} is not one of {', '.join(ALLOWABLE)}{near(code, ALLOWABLE)}"
                      for code in self.allow if code not in ALLOWABLE]
+        problems += self._new_token_problems()
         if isinstance(self.valid, str) and self.valid.endswith("%"):
             problems.append(f"valid: write {self.valid} as a share below 1, such as 0.1")
         if isinstance(self.valid, float) and (0.9 < self.valid < 1 or self.valid >= 1 and self.valid % 1):
@@ -164,6 +172,15 @@ class PrepareConfig(StageConfig):
                             "file")
         return problems
 
+    def _new_token_problems(self) -> list[str]:
+        """What is wrong with names of new tokens, whatever the model."""
+        names = self.new_tokens
+        problems = [f"new_tokens: {shown(name)} has white space in it" for name in names if any(map(str.isspace, name))]
+        problems += [f"new_tokens: {shown(name)} is named {count} times" for name, count in Counter(names).items()
+                     if count > 1]
+        if NO_TOKENS in names and len(names) > 1:
+            problems.append(f"new_tokens: `{NO_TOKENS}` stands alone, or tokens are named")
+        return problems
 
     def _name_problems(self) -> list[str]:
         """What is wrong with the names of roles and keys."""

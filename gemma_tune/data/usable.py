@@ -85,7 +85,7 @@ def usable(rows: Sequence[Row], encoder: Encoder, config: PrepareConfig, showing
     """
     formats = Formats(None, config.column_names, config.take, config.role_names, config.key_names,
                       config.on_uneven == "mend")
-    checks = TextChecks(encoder.chat.markers, config.allow)
+    checks = TextChecks(encoder.chat.markers, config.allow, config.new_tokens)
     faults: list[str] = []
     good: list[tuple[Row, PreparedRow, Sequence[Unread]]] = []
     for row in rows:

@@ -77,6 +77,7 @@ class ChatFormat:
 
     Attributes:
         eye: what the model sees pictures with; None where it takes text alone.
+        new_tokens: entries of the vocabulary that got names of one's own, by id, with the ids that their text had.
 
     Raises:
         NoTemplate: the tokenizer has none, and none is known for the family.
@@ -88,6 +89,7 @@ class ChatFormat:
                  template: str | None = None, named: str = "that was named"):
         self.tokenizer, self.other_stop_ids, self.thinking = tokenizer, tuple(other_stop_ids), thinking
         self.eye: Eye | None = None
+        self.new_tokens: dict[int, list[int]] = {}
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UserError(f"this model's tokenizer ({type(tokenizer).__name__}) has no tokenizer.json",
                             "convert it with transformers, or use another model")

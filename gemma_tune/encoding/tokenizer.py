@@ -8,12 +8,13 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.base import shell
-from gemma_tune.base.checkpoint import VOCABULARY, generation_settings
+from gemma_tune.base.checkpoint import VOCABULARY, generation_settings, read_config, vocabulary_of
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.loading import loading
 from gemma_tune.base.machine import keeping_garbage
@@ -22,6 +23,7 @@ from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.words import near, nearest
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.eye import eye_of
+from gemma_tune.encoding.new_tokens import name_tokens
 from gemma_tune.encoding.templates import NAMED, shown
 
 _TEMPLATES = (f"gemma-tune prepare --chat-template takes {', '.join(NAMED)}, or a file with a Jinja template, such as "
@@ -43,24 +45,42 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_format(checkpoint: Path, model_type: str, thinking: str = "auto", template: Path | None = None) -> ChatFormat:
+def load_format(checkpoint: Path, model_type: str, thinking: str = "auto", template: Path | None = None,
+                new_tokens: Sequence[str] = ()) -> ChatFormat:
     """The tokenizer of a checkpoint or adapter directory with its chat template.
 
     Args:
         thinking: ``on`` and ``off`` are written into the template, ``auto`` leaves it as it is: an adapter's holds
             what it was trained with.
         template: a Jinja file in the place of the checkpoint's own template.
+        new_tokens: names for unused entries of a base model's vocabulary, see :mod:`gemma_tune.encoding.new_tokens`; an
+            adapter's tokenizer has them.
 
     Raises:
-        UserError: no tokenizer there, a file that cannot be read, no chat template for it, or one that cannot switch
-            thinking on.
+        UserError: no tokenizer there, a file that cannot be read, no chat template for it, one that cannot switch
+            thinking on, or new tokens that cannot be named.
     """
-    tokenizer, stop_ids = load_tokenizer(checkpoint), _stop_ids(checkpoint)
     named = () if template is None else (read_template(template), shown(template))
+    (tokenizer, new), stop_ids = named_tokenizer(checkpoint, new_tokens, *named[:1]), _stop_ids(checkpoint)
     chat = ChatFormat(tokenizer, model_type, stop_ids, thinking, *named)
+    chat.new_tokens = new
     if (checkpoint / "config.json").exists():  # an adapter has none
         chat.eye = eye_of(checkpoint, tokenizer)
     return chat
+
+
+def named_tokenizer(checkpoint: Path, new_tokens: Sequence[str], template: str = "",
+                    ) -> tuple[Any, dict[int, list[int]]]:
+    """A tokenizer with names for unused entries, and what :func:`gemma_tune.encoding.new_tokens.name_tokens` tells.
+
+    Raises:
+        UserError: as there, and as of :func:`load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    if not new_tokens:
+        return tokenizer, {}
+    entries = vocabulary_of(read_config(checkpoint)) or len(tokenizer)
+    return tokenizer, name_tokens(tokenizer, new_tokens, entries, template)
 
 
 def read_template(path: Path) -> str:

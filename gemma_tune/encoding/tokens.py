@@ -144,6 +144,15 @@ def answers_of(dataset: Any) -> np.ndarray:
     return np.concatenate(chunks)
 
 
+def new_tokens_in(dataset: Any, ids: Sequence[int]) -> set[int]:
+    """Which of these ids the sequences have."""
+    wanted, found = np.asarray(sorted(ids)), set()
+    for column in dataset.data.column("input_ids").chunks if len(wanted) else ():
+        tokens = column.flatten().to_numpy()
+        found |= {*tokens[np.isin(tokens, wanted)].tolist()}
+    return found
+
+
 def pictures_in(dataset: Any) -> list[str]:
     """Names of all files of pictures, each once, in their order."""
     names: dict[str, None] = {}

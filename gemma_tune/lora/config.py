@@ -25,7 +25,7 @@ from gemma_tune.lora.patterns import ending
 
 _MLX = "adapters.safetensors"  # what mlx-lm calls its adapters, beside an adapter_config.json of its own
 # Settings of PEFT's LoRA that change what an adapter computes in a way that is not merged here.
-_OTHER_KINDS = ("lora_bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "arrow_config",
+_OTHER_KINDS = ("lora_bias", "layer_replication", "alora_invocation_tokens", "arrow_config",
                 "kasa_config", "monteclora_config", "use_bdlora", "use_qalora")
 # Starting values that PEFT also subtracts from the base weights, each time it loads the adapter.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -77,7 +77,15 @@ COMPUTES = {
     "rank_pattern": (lambda v: _numbers_by_name(v, _whole), "does not give numbers to names of layers"),
     "alpha_pattern": (lambda v: _numbers_by_name(v, _number), "does not give numbers to names of layers"),
 }
+# What is put on a model here, see ``lora.token_rows``, and not by PEFT.
+_OURS = {"trainable_token_indices": (lambda v: _ids(v), "are no numbers of tokens, each once")}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def _ids(value: Any) -> bool:
+    """Numbers of tokens, each once; by module, or of the embedding alone."""
+    some = [*value.values()] if isinstance(value, dict) else [value]
+    return all(_list_of(ids, _whole) and ids and len({*ids}) == len(ids) for ids in some)
 
 
 def _numbers_by_name(value: Any, kind: Any) -> bool:
@@ -163,7 +171,7 @@ def refuse_embedded_adapter(checkpoint: Path) -> None:
 
 def _unusable(config: Mapping[str, Any]) -> Iterator[str]:
     """Settings that are used and whose values cannot be."""
-    for name, (fits, fault) in COMPUTES.items():
+    for name, (fits, fault) in {**COMPUTES, **_OURS}.items():
         if name in config and not fits(config[name]):
             yield f"{name}: {shown(config[name])} {fault}"
     for name in _PATTERNS:

@@ -8,6 +8,8 @@ Nothing but headers and adapter_config.json is read here. What the names of the 
   :mod:`gemma_tune.lora.experts`, with A (experts x r, in) and B (out, r x experts), an r after the other;
 - ``<layer>.lora_embedding_A``, ``lora_embedding_B``: of an embedding;
 - ``<layer>.base_layer.weight``, and embeddings without any such part: the base's own tensor as it was in training;
+- ``<module>.token_adapter.trainable_tokens_delta``: rows of an embedding or a head (n, d), whose numbers are in
+  ``trainable_token_indices``; not a difference, in spite of the name;
 - any other name that ``modules_to_save`` covers: a tensor that was trained as a whole;
 - ``<module>.original_module.weight`` and ``<module>.modules_to_save.weight``, which ``save_embedding_layers`` writes of
   such a module: the base's own tensor, and the trained one once more, which PEFT does not read.
@@ -19,7 +21,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ _PREFIX = "base_model.model."
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "a", "lora_embedding_B": "b",
           "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
 _EMBEDDINGS = ("embed_tokens", "wte", "lm_head")
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _AROUND = re.compile(r"(\.base_layer)+$")
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save)\.")
 
@@ -93,6 +96,7 @@ class Adapter:
     copies: dict[str, StoredTensor]
     base_tensors: dict[str, StoredTensor]
     config: dict[str, Any]
+    rows: dict[str, tuple[list[int], StoredTensor]] = field(default_factory=dict)
 
     @property
     def base_id(self) -> str | None:
@@ -146,18 +150,43 @@ def read_adapter(folder: Path) -> Adapter:
         tensors = {tensor.name: tensor for tensor in read_header(folder / WEIGHTS)}
     except UserError as e:
         raise UserError(f"the adapter {folder} cannot be read: {e.message}", how_to_renew(folder)) from e
+    rows = _rows(folder, tensors, config)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ROWS)}
     parts, copies, base_tensors = _sorted(folder, tensors, config)
     parameters = {layer: name for layer in parts if (name := _parameter(layer, config))}
     parts = {parameters.get(layer, layer): found for layer, found in parts.items()}
     refuse_endless(folder, config, parts)
     stacked = {*parameters.values()}
     layers = {layer: _layer(folder, layer, found, config, layer in stacked) for layer, found in parts.items()}
-    if not layers and not copies:
+    if not layers and not copies and not rows:
         raise UserError(f"{folder} adapts no layer", how_to_renew(folder))
-    return Adapter(folder, layers, copies, base_tensors, config)
+    return Adapter(folder, layers, copies, base_tensors, config, rows)
 
 
 _Tensors = dict[str, StoredTensor]
+
+
+def _rows(folder: Path, tensors: _Tensors, config: Mapping[str, Any]) -> dict[str, tuple[list[int], StoredTensor]]:
+    """Rows of embedding and head that were trained by themselves, by module.
+
+    Raises:
+        UserError: they are not those that ``trainable_token_indices`` names.
+    """
+    indices = config.get("trainable_token_indices") or {}
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(_ROWS):
+            continue
+        module = name.removeprefix(_PREFIX).removesuffix(_ROWS)
+        ids = indices if isinstance(indices, list) else next(
+            (some for end, some in indices.items() if module.endswith(end)), [])
+        if len(tensor.shape) != 2 or tensor.shape[0] != len(ids) or tensor.dtype not in READABLE:
+            raise UserError(f"{folder}: {name} has the shape {tensor.shape}, and {CONFIG} names {len(ids)} tokens",
+                            how_to_renew(folder))
+        found[module] = ids, tensor
+    if indices and not found:
+        raise UserError(f"{folder} lacks the rows of the tokens that {CONFIG} names", how_to_renew(folder))
+    return found
 
 
 def _sorted(folder: Path, tensors: _Tensors,

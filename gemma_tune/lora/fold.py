@@ -23,7 +23,10 @@ def fold(model: Any) -> Any | None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):  # whole modules of its own
+    from gemma_tune.lora.token_rows import TokenRows, take_off
+
+    whole = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    if not all(isinstance(module, TokenRows) for module in whole):  # else they are modules of its own
         return None
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]  # experts' around one another
     shared = _shared(model)
@@ -32,6 +35,7 @@ def fold(model: Any) -> Any | None:
     with torch.no_grad():
         for layer in layers:
             _fold_into(_weight(layer), layer)
+    take_off(model)
     return model.unload()
 
 

@@ -65,10 +65,16 @@ def add_adapter(model: PreTrainedModel, adapter: Path, vocabulary: int | None = 
     whole = with_head(described, model)
     names = running_names(whole, model)
     if not names and whole is described:
-        return _added(model, adapter, described.config, adapter, vocabulary)
-    with tempfile.TemporaryDirectory(prefix="gemma-tune-adapter-") as folder:
-        renamed = renamed_adapter(whole, names, Path(folder))
-        return _added(model, renamed, usable_config(renamed), adapter, vocabulary)
+        tuned = _added(model, adapter, described.config, adapter, vocabulary)
+    else:
+        with tempfile.TemporaryDirectory(prefix="gemma-tune-adapter-") as folder:
+            renamed = renamed_adapter(whole, names, Path(folder))
+            tuned = _added(model, renamed, usable_config(renamed), adapter, vocabulary)
+    if described.rows:
+        from gemma_tune.lora import token_rows
+
+        token_rows.install(tuned, described)
+    return tuned
 
 
 def _added(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], adapter: Path,

@@ -78,6 +78,7 @@ def renamed_adapter(adapter: Adapter, names: Mapping[str, str], folder: Path) ->
         "rank_pattern": {re.escape(layer): rank for layer, rank in ranks.items()},
         "alpha_pattern": {re.escape(layer): lora.scale * (ranks[layer] ** 0.5 if root else ranks[layer])
                           for layer, lora in layers.items()},
+        "trainable_token_indices": None,  # which PEFT does not put on the model, see ``token_rows``
         "modules_to_save": [names.get(m, m) for m in {name.rpartition(".")[0] for name in adapter.copies}] or None}
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:

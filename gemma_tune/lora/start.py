@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 FILES = (CONFIG, WEIGHTS)
 _HEADS = ("lm_head", "embed_out")
+_WORDS = ("embed_tokens.weight", "wte.weight")
 _MOST = 20  # problems that are listed
 
 
@@ -62,6 +64,37 @@ def untrainable(adapter: Adapter) -> Iterator[str]:
                 for name in adapter.base_tensors if name not in adapter.copies)
 
 
+def other_tokens(adapter: Adapter, new: Collection[Any]) -> Iterator[str]:
+    """How the tokens whose rows an adapter has differ from the new tokens of a run.
+
+    Args:
+        new: their ids, or where these are not known yet their names.
+    """
+    own = {i for ids, _ in adapter.rows.values() for i in ids}
+    ids = {i for i in new if isinstance(i, int)}
+    if own and not new:
+        yield f"it has rows of {counted(len(own), 'new token')}, and the run was prepared without --new-tokens"
+    elif new and not own and not any(name.endswith(_WORDS) for name in adapter.copies):
+        yield "it has no rows of new tokens, which the run was prepared with (--new-tokens)"
+    elif own and (len(own) != len(new) or ids and ids != own):
+        yield (f"it has rows of {counted(len(own), 'new token')} ({_some(own)}), and those of the run are others "
+               f"({_some(new)})")
+
+
+def refuse_other_tokens(adapter: Adapter, new: Collection[int]) -> None:
+    """Whether an adapter's rows are those of new tokens of these ids.
+
+    Raises:
+        UserError: they are others.
+    """
+    if problems := [*other_tokens(adapter, new)]:
+        raise misfit(adapter, problems)
+
+
+def _some(tokens: Collection[Any]) -> str:
+    return ", ".join(map(str, islice(sorted(tokens), 5))) + (", …" if len(tokens) > 5 else "")
+
+
 def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
     """What the model calls each layer of an adapter.
 
@@ -95,6 +128,11 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
     for module in modules_of(adapter):
         if problem := _whole_problem(model, whole, adapter, module, found := found_among(named, module)):
             problems.append(problem)
+        else:
+            names[module] = found
+    for module in adapter.rows:
+        if (found := found_among(named, module)) is None:
+            problems.append(f"{module} is not in the base model")
         else:
             names[module] = found
     if not (adapter.layers or problems) and (left := {*all_modules(model)} - {*names.values()}):
@@ -188,6 +226,8 @@ def weights_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
             module, _, last = name.rpartition(".")
             if module in names:
                 found[f"base_model.model.{names[module]}.modules_to_save.default.{last}"] = read(stored)
+        for module, (_, stored) in adapter.rows.items():
+            found[f"base_model.model.{names[module]}.token_adapter.trainable_tokens_delta.default"] = read(stored)
     return found
 
 

@@ -43,6 +43,7 @@ class Piece:
         lora: what is added.
         transposed: it is stored as (in, out).
         part: of experts, which of their matrices it is; None where it is the whole of what ``lora`` changes.
+        rows: numbers of rows that were trained by themselves, and these (n, width), which take the place of its own.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Piece:
     lora: Lora | None = None
     transposed: bool = False
     part: Part | None = None
+    rows: tuple[list[int], StoredTensor] | None = None
 
     @property
     def bytes(self) -> int:
@@ -60,7 +62,7 @@ class Piece:
     @property
     def copied(self) -> bool:
         """Its bytes are the source's."""
-        return self.lora is None and self.dtype == self.source.dtype
+        return self.lora is None and self.rows is None and self.dtype == self.source.dtype
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
     copies = {names.of(name): tensor for name, tensor in adapter.copies.items()}
     if names.tied in copies and adapter.config.get("ensure_weight_tying"):
         copies.setdefault(HEAD, copies[names.tied])  # which a training's checkpoint has once
+    rows = {names.of(f"{module}.weight"): found for module, found in adapter.rows.items()}
     in_training = {names.of(name): tensor for name, tensor in adapter.base_tensors.items()}
     if names.missing:
         raise UserError(f"{len(names.missing)} tensors that {adapter.folder} adapts are not in the base model",
@@ -117,6 +120,7 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
         before[HEAD] = base[names.tied]
         shared = in_training.get(names.tied) or in_training.get(HEAD)
         in_training |= {names.tied: shared, HEAD: shared} if shared else {}
+        rows = ({HEAD: rows[names.tied]} if names.tied in rows else {}) | rows
     sources = {name: copies.get(name) or in_training.get(name) or tensor for name, tensor in before.items()}
     vocabulary, ends = _other_vocabulary(names, before, sources, layers)
     expected = {name: (vocabulary, *tensor.shape[1:]) if name in ends else tensor.shape
@@ -124,7 +128,7 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
     transposed = _transposed(expected, layers, adapter)
     lacking = {name for name in ends if sources[name].shape != expected[name] and sources[name] is before[name]}
     if problems := [*_unlike_base(expected, sources, lacking), *_unfit_layers(expected, before, layers, transposed),
-                    *_unfit_experts(before, experts)]:
+                    *_unfit_experts(before, experts), *_unfit_rows(expected, rows)]:
         raise UserError(f"{adapter.folder} does not fit the base model", _ANOTHER_MODEL, problems[:20])
     if lacking:
         raise UserError(f"{adapter.folder} was trained with a vocabulary of {vocabulary:,} entries, where the base has "
@@ -133,12 +137,14 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
                         [f"{name} is the base's, of {before[name].shape[0]:,} entries" for name in sorted(lacking)])
     touched = {names.embedding, names.head} & (layers.keys() | copies.keys())
     untied = bool(touched) and not (names.tied and _agree(names.tied, layers, copies))
+    untied |= bool(names.tied) and rows.get(HEAD) != rows.get(names.tied)
     kept = [name for name in sources if untied or not (names.tied and name == HEAD)]
     pieces = [Piece(names.on_disk(name), sources[name], _dtype(before[name].dtype, dtype), before[name].path.name,
-                    layers.get(name) or experts.get(name, _NONE)[0], name in transposed, experts.get(name, _NONE)[1])
+                    layers.get(name) or experts.get(name, _NONE)[0], name in transposed, experts.get(name, _NONE)[1],
+                    rows.get(name))
               for name in kept]
-    changed = sum(name in layers or name in experts or name in copies or sources[name].shape != before[name].shape
-                  for name in kept)
+    changed = sum(any(name in some for some in (layers, experts, copies, rows))
+                  or sources[name].shape != before[name].shape for name in kept)
     own = before[names.embedding].shape[0] if names.embedding else None
     return MergePlan(pieces, changed, untied, vocabulary or own, own)
 
@@ -243,6 +249,14 @@ def _unfit_experts(base: Mapping[str, StoredTensor], experts: Mapping[str, tuple
             yield f"{name} has the shape {base[name].shape} in the base, {shape} in the adapter"
         elif base[name].dtype not in READABLE:
             yield f"{name} is {base[name].dtype} in the base, which is not a type that numbers are added to"
+
+
+def _unfit_rows(shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, tuple[list[int], StoredTensor]],
+                ) -> Iterator[str]:
+    for name, (ids, tensor) in rows.items():
+        if shapes[name][1:] != tensor.shape[1:] or max(ids) >= shapes[name][0]:
+            yield (f"{name} has the shape {shapes[name]} in the base, and the adapter row {max(ids)} of it, with "
+                   f"{tensor.shape[1]} numbers")
 
 
 def _agree(tied: str, layers: Mapping[str, Lora], copies: Mapping[str, StoredTensor]) -> bool:

@@ -186,6 +186,8 @@ def _computed(piece: Piece, file: BinaryIO) -> Iterator[memoryview]:
         for first, numbers in _numbers(source, file):
             if change is not None:
                 change.add_to(numbers, first)
+            if piece.rows:
+                _replace_rows(numbers, first, *piece.rows)
             buffer = buffer if len(buffer) else torch.empty_like(numbers, dtype=target)
             merged = buffer[:len(numbers)].copy_(numbers)
             if not _finite(merged):
@@ -195,6 +197,15 @@ def _computed(piece: Piece, file: BinaryIO) -> Iterator[memoryview]:
                                  "use --dtype bf16" if target == torch.float16 else
                                  "train again with a lower --learning-rate, or download the base model again")
             yield memoryview(merged.view(torch.uint8).numpy()).cast("B")
+
+
+def _replace_rows(numbers: torch.Tensor, first: int, ids: Sequence[int], tensor: StoredTensor) -> None:
+    """Put rows of these numbers in the place of those among some, of which ``first`` is the first."""
+    import torch
+
+    for n, row in enumerate(ids):
+        if first <= row < first + len(numbers):
+            numbers[row - first] = torch.from_numpy(tensor.rows(n, n + 1)[0])
 
 
 def _numbers(tensor: StoredTensor, file: BinaryIO) -> Iterator[tuple[int, torch.Tensor]]:

@@ -47,7 +47,7 @@ class Judge:
         self.config, self.chat, self.pictures, self.blind = config, chat, pictures, blind
         self.formats = Formats(config.format, config.column_names, config.take, config.role_names,
                                config.key_names, config.on_uneven == "mend")
-        self.checks = TextChecks(chat.markers, config.allow)
+        self.checks = TextChecks(chat.markers, config.allow, config.new_tokens)
         self.encoder = Encoder(chat, config.max_length, config.on_long, config.train_on)
 
     def __call__(self, block: Block) -> Judged:

@@ -35,13 +35,14 @@ from gemma_tune.encoding.chat_format import ChatFormat, NoTemplate
 from gemma_tune.encoding.eye import eye_of
 from gemma_tune.encoding.labels import IGNORE_INDEX
 from gemma_tune.encoding.templates import COMPLETION, NAMED, OWN, named_template
-from gemma_tune.encoding.tokenizer import load_format, load_tokenizer, read_template
+from gemma_tune.encoding.tokenizer import load_format, named_tokenizer, read_template
 from gemma_tune.encoding.tokens import answers_of, encoding_key, open_tokens
 from gemma_tune.gguf.architectures.parts import CONVERTER
 from gemma_tune.models.known import known_config, other_task
 from gemma_tune.models.quantised import quantisation, refuse_untrainable, sixteen_bit
 from gemma_tune.prepare.drawing import limits_of, meant
 from gemma_tune.prepare.judge import Judge
+from gemma_tune.prepare.new_tokens import tell_of_new, warn_of_unseen, with_new_tokens
 from gemma_tune.prepare.passes import passes
 from gemma_tune.prepare.verdict import explain, kept_when_refused, refuse, refuse_empty_sides, warn
 from gemma_tune.run.directory import PICTURES, command, describe
@@ -76,9 +77,9 @@ def prepare(session: Session, preview: int = 0, *, foretell: Callable[[Session, 
     _refuse_base(session)
     if kept := _without_its_files(session):
         if preview:
-            _preview(session, preview, kept.summary.get("kind"))
+            _preview(session, preview, kept.summary.get("kind"), session.settings_of("prepare").get("new_tokens", ()))
         return kept
-    session = _with_template(_as_before(session))
+    session = with_new_tokens(_with_template(_as_before(session)))
     require_folder(session.config.pictures)
     sources, held_out = _sources(session)
     limits_of(sources, session.config.most_rows)
@@ -113,7 +114,7 @@ def prepare(session: Session, preview: int = 0, *, foretell: Callable[[Session, 
     report = run_stage(session, "prepare", work, inputs)
     _warn_of_stopped(session)
     if preview:
-        _preview(session, preview, report.summary.get("kind"))
+        _preview(session, preview, report.summary.get("kind"), session.config.new_tokens)
     return report
 
 
@@ -124,7 +125,7 @@ def chat_format(session: Session) -> ChatFormat:
         UserError: as of :func:`gemma_tune.encoding.tokenizer.load_format`, or transformers does not run the model.
     """
     known_config(session.model.path)
-    session = _with_template(_as_before(replace(session, listener=Listener())))
+    session = with_new_tokens(_with_template(_as_before(replace(session, listener=Listener()))))
     try:
         return _loaded(session, named_template(session.config.chat_template))
     except NoTemplate:  # which is for `prepare` to refuse, unless all of the data is plain text
@@ -132,7 +133,9 @@ def chat_format(session: Session) -> ChatFormat:
 
 
 def _loaded(session: Session, template: Path | None) -> ChatFormat:
-    return load_format(session.model.path, session.model.config["model_type"], session.config.thinking, template)
+    config = session.config
+    return load_format(session.model.path, session.model.config["model_type"], config.thinking, template,
+                       config.new_tokens)
 
 
 def _warn_of_stopped(session: Session) -> None:
@@ -302,6 +305,7 @@ def _prepare(session: Session, sources: Sequence[Source], held_out: Sequence[Sou
             shutil.copyfile(template, folder / run.chat_template.name)
     run.refused_rows.unlink(missing_ok=True)
     warn(session, decided, report)
+    warn_of_unseen(listener, chat, folder / run.tokens.name)
     listener.data_report(report)
     outputs = {"train_rows": run.train_rows, "valid_rows": run.valid_rows, "tokens": run.tokens,
                "rejected_rows": run.rejected_rows, "duplicate_rows": run.duplicate_rows,
@@ -337,6 +341,7 @@ def _tell_of_model(session: Session, chat: ChatFormat, saved_as: str | None) -> 
     """Its chat template, and what may be wrong with either."""
     listener = session.listener
     listener.note(f"chat template: {chat.template_origin}; an answer ends with {chat.terminator}")
+    tell_of_new(listener, chat)
     if marks := chat.marks_of_others:
         listener.warn(f"the chat template writes {' and '.join(marks)}, which this model's vocabulary does not have: "
                       "several tokens of text each time")
@@ -366,9 +371,9 @@ def _foretell_export(session: Session, chat: ChatFormat) -> None:
 
 # --- what is shown
 
-def _preview(session: Session, count: int, kind: str | None) -> None:
+def _preview(session: Session, count: int, kind: str | None, new_tokens: Sequence[str]) -> None:
     """The first training sequences as training sees them, of pairs both: text in pieces, each learned or not."""
-    tokenizer = load_tokenizer(session.model.path)
+    tokenizer, _ = named_tokenizer(session.model.path, new_tokens)
     sequences = open_tokens(session.run.tokens / "train.arrow")
     marks = answers_of(sequences)
     names = _ANSWERS.get(kind, {})

@@ -11,7 +11,7 @@ from gemma_tune.config.stages import PrepareConfig
 from gemma_tune.run.manifest import Manifest
 from gemma_tune.run.session import Session
 
-HOW_ROWS_ARE_READ = ("columns", "roles", "turn_keys", "delimiter", "take", "allow", "max_rejected")
+HOW_ROWS_ARE_READ = ("columns", "roles", "turn_keys", "delimiter", "take", "allow", "new_tokens", "max_rejected")
 HOW_ROWS_ARE_LAID_OUT = ("train_on", "max_length", "on_long")
 NOTHING_HELD_OUT = "the run has no validation rows to compare on"
 _EXAMPLE = f"gemma_tune:samples/{samples.SAMPLE}.jsonl"  # as the manifest has it where it was named

@@ -130,3 +130,14 @@ def _last_of_rows(sequences: Any, session: Session) -> Any:
         raise UserError(f"--method grpo asks the model, and {counted(texts, 'row is', 'rows are')} plain text without "
                         "a prompt", f"prepare conversations: {again}; or train with --method sft")
     return those(sequences, np.append(rows[1:] != rows[:-1], True)[:len(rows)])
+
+
+def refuse_divided_tokens(session: Session) -> None:
+    """Rows of new tokens are learned where each process has the whole embedding.
+
+    Raises:
+        UserError: the model is to be divided among them.
+    """
+    if session.config.shards > 1 and session.settings_of("prepare").get("new_tokens"):
+        raise UserError("new tokens (--new-tokens) cannot be learned with --strategy fsdp, where no process has the "
+                        "whole embedding", "leave --strategy out, with --qlora where the model does not fit so")

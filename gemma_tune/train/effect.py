@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_tune.encoding.eye import PICTURES
+from gemma_tune.lora.token_rows import rows_in
 from gemma_tune.lora.whole import copies_in, each_once
 from gemma_tune.models.placement import wide
 from gemma_tune.train.attention import AS_MASKED
@@ -53,6 +54,7 @@ class AdapterStart:
         self._base = base or BaseWeights(model)
         self._parts = {name: _copies(layer) if _factors(layer)[1].any() else None for name, layer in _layers(model)}
         self._whole = {name: _start_of(base, module) for name, (base, module) in each_once(copies_in(model)).items()}
+        self._rows = {name: part.rows.detach().cpu().clone() for name, part in rows_in(model).items()}
         self._lengths = {name: length.detach().cpu().clone() for name, layer in _layers(model)
                          if (length := _length(layer)) is not None}
 
@@ -75,7 +77,13 @@ class AdapterStart:
             square += change
             if not change:
                 still.append(name)
-        return Moved(len(layers) + len(copies), tuple(still), math.sqrt(square))
+        parts = rows_in(model)
+        for name, part in parts.items():
+            change = float(torch.linalg.vector_norm(part.rows.detach().cpu() - self._rows[name]).square())
+            square += change
+            if not change:
+                still.append(name)
+        return Moved(len(layers) + len(copies) + len(parts), tuple(still), math.sqrt(square))
 
     def _longer(self, name: str, layer: Any) -> bool:
         """Whether the lengths that DoRA learns of the rows of a weight are others now."""

@@ -140,7 +140,7 @@ def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> B
     """Decide how a training begins, and say so.
 
     Args:
-        content: fingerprints of base model and rows, and the chat template, see ``training_key``.
+        content: fingerprints of base model and rows, and the chat template with new tokens, see ``training_key``.
         rows: number of training sequences.
         go_on: ``--continue``.
 
@@ -368,5 +368,5 @@ def keep_what_is_best(session: Session, training: Training, best: Best) -> None:
             _shift(summary) != training.steps_before):
         return
     adapter = read_adapter(session.run.adapter)
-    own = (*adapter.layers, *modules_of(adapter))
+    own = (*adapter.layers, *modules_of(adapter), *adapter.rows)
     best.keep(step - training.steps_before, best.measure.sign * value, weights_of(adapter, dict(zip(own, own))))

@@ -26,6 +26,7 @@ from gemma_tune.lora.layers import described_adapter
 from gemma_tune.lora.load import import_peft
 from gemma_tune.lora.start import digest_of, load_start, names_in, patterns_of, targets_from, weights_of
 from gemma_tune.lora.targets import Targets, lora_config, said_of_rest, targets_of
+from gemma_tune.lora.whole import is_tied
 from gemma_tune.models.placement import Placement, available, best_device
 from gemma_tune.models.quantised import in_four_bits
 from gemma_tune.models.source import BaseModel
@@ -87,8 +88,9 @@ def checked_beside(model: BaseModel) -> Future[None]:
 
 def chat_format_of(session: Session) -> ChatFormat:
     """The tokenizer and the chat template that the data was prepared with."""
-    thinking = session.settings_of("prepare").get("thinking", "auto")
-    return load_format(session.model.path, session.model.config["model_type"], thinking, session.chat_template())
+    prepared = session.settings_of("prepare")
+    return load_format(session.model.path, session.model.config["model_type"], prepared.get("thinking", "auto"),
+                       session.chat_template(), prepared.get("new_tokens", ()))
 
 
 def prepared_sequences(session: Session, listener: Listener | None = None) -> tuple[Any, Any]:
@@ -148,6 +150,7 @@ def fit(session: Session, sizes: Sequence[Sizes], placement: Placement, before: 
     refuse_four_bits(session.config, placement.device, session.model.config)
     shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None,
                      placement.device)
+    shape = replace(shape, adapter=shape.adapter + _rows_of_new_tokens(session, shape))
     longest = sizes[0].longest
     _refuse_beyond_positions(session, shape, max(rows.longest for rows in sizes))
     here, room, sequences = processes.place(), available(placement.device), sequences_of_a_row(session.config)
@@ -159,6 +162,12 @@ def fit(session: Session, sizes: Sequence[Sizes], placement: Placement, before: 
         if kept.fits:
             return shape, replace(kept, reason="as before")
     return shape, choose(shape, config, longest, placement.device, room, sequences)
+
+
+def _rows_of_new_tokens(session: Session, shape: ModelShape) -> int:
+    """How many numbers the rows of new tokens are, where they are trained by themselves."""
+    count = 0 if shape.head_trained else len(session.settings_of("prepare").get("new_tokens", ()))
+    return count * shape.hidden * (1 if is_tied(shape.model.get_base_model()) else 2)
 
 
 def _refuse_beyond_positions(session: Session, shape: ModelShape, longest: int) -> None:
@@ -207,6 +216,7 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
     from gemma_tune.lora.dora import start_from_base
     from gemma_tune.lora.routed import install
     from gemma_tune.train.culprits import names_of
+    from gemma_tune.train.token_rows import new_tokens
 
     session, config = job.session, job.session.config
     start = read_adapter(job.start) if job.start else None
@@ -229,7 +239,8 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
             callbacks=[*callbacks], training=job.training, listener=session.listener,
             lengths=(sizes[0].lengths, sizes[1].lengths), trained=(sizes[0].trained, sizes[1].trained),
             micro_batch=job.choice.micro_batch, rate=lambda step: rate_at(step, steps, config),
-            row_names=names_of(session.run, train_rows, sequences_of_a_row(config)), shown=shown, **more)
+            row_names=names_of(session.run, train_rows, sequences_of_a_row(config)), shown=shown,
+            tokens=new_tokens(model, chat.new_tokens, targets), **more)
     except ValueError as e:
         raise UserError(f"this model cannot be trained with these settings: {e}",
                         "see `gemma-tune train --help`") from e

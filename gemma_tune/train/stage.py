@@ -18,6 +18,8 @@ from gemma_tune.config.settings import NOT_GIVEN
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.encoding.tokens import pictures_in
+from gemma_tune.lora.files import read_adapter
+from gemma_tune.lora.start import refuse_other_tokens
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import with_weights
@@ -31,6 +33,7 @@ from gemma_tune.run.state import require_inputs
 from gemma_tune.run.stopped import rows_of, step_of, unfinished, whole
 from gemma_tune.train import processes
 from gemma_tune.train.aside import forget, is_aside, put_back
+from gemma_tune.train.asked import refuse_divided_tokens
 from gemma_tune.train.going_on import (
     as_before,
     as_finished,
@@ -139,6 +142,7 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
     quiet_libraries()
     session, waiting, start = as_before(session, go_on, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
+    refuse_divided_tokens(session)
     sequences = prepared_sequences(session, session.listener)
     refuse_missing(read(session.config.reward))
     sizes = [sizes_of(rows, session.config) for rows in sequences]
@@ -205,14 +209,18 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
+    refuse_divided_tokens(session)
     sequences = prepared_sequences(session, session.listener)
     refuse_missing(read(session.config.reward))
     sizes = [sizes_of(rows, session.config) for rows in sequences]
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
     config, run, listener = session.config, session.run, session.listener
     chat = chat_format_of(session)  # a Gemma's tokenizer takes seconds to load
-    content = session.model.fingerprint, rows_of(session.inputs["tokens"]), chat.template
+    written = " ".join([chat.template, *map(str, chat.new_tokens)])
+    content = session.model.fingerprint, rows_of(session.inputs["tokens"]), written
     begun = begin(session, content, len(sizes[0]), go_on)
+    if begun.start:
+        refuse_other_tokens(read_adapter(begun.start), chat.new_tokens)
     placement, checkpoint = begun.placement, begun.checkpoint
     listener.detail("device", f"computing in {placement.reason}")
     if config.method == "grpo":

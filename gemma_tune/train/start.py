@@ -18,7 +18,7 @@ from gemma_tune.config.settings import as_flags, in_words
 from gemma_tune.config.stages import AUTO, OF_ADAPTERS, TrainConfig
 from gemma_tune.hub.access import MODEL_ID
 from gemma_tune.lora.files import Adapter, read_adapter
-from gemma_tune.lora.start import FILES, misfit, settings_of, untrainable
+from gemma_tune.lora.start import FILES, misfit, other_tokens, settings_of, untrainable
 from gemma_tune.models.source import split_revision
 from gemma_tune.run.session import Session
 from gemma_tune.run.stage import locked, other_settings
@@ -60,7 +60,9 @@ def with_start(session: Session, waiting: Mapping[str, Any] | None,
         has["dropout"] = session.config.dropout
     brought = _none_of_others(session.config) | has
     asked = _contradictions(session, brought)
-    if problems := [*asked.values(), *_other_base(session, adapter), *untrainable(adapter)]:
+    new = session.settings_of("prepare").get("new_tokens", ())
+    if problems := [*asked.values(), *_other_base(session, adapter), *untrainable(adapter),
+                    *other_tokens(adapter, new)]:
         raise _with_shapes(session, adapter, problems, asked)
     full, session = _rate_is_for_all(session), _but(session, from_adapter=start.kept, **brought)
     began, as_before = ("the training began with", "") if go_on or waiting else (

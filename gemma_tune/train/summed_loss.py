@@ -12,6 +12,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.models.load import after_product
 from gemma_tune.train.attention import AS_MASKED
 from gemma_tune.train.loss import rows_cross_entropy
+from gemma_tune.train.token_rows import with_rows
 from gemma_tune.train.undoing import unsharded
 
 
@@ -58,8 +59,9 @@ def _losses(causal_lm: Any, hidden: torch.Tensor, positions: torch.Tensor, targe
     weight, trained = (_weight(causal_lm), None) if whole is None else (whole.narrow("weight"), head.weight)
     # What is capped is capped first and divided then, which is the same: c tanh(s u / c) / t, of c / t and s / t.
     factors = {name: value and (value / temperature) for name, value in after_product(causal_lm).items()}
-    # Under autocast the last norm may hand on fp32.
-    return rows_cross_entropy(rows.to(weight.dtype), weight, targets, trained=trained, **factors)
+    rows = rows.to(weight.dtype)  # under autocast the last norm may hand on fp32
+    losses = rows_cross_entropy(rows, weight, targets, trained=trained, **factors)
+    return losses if trained is not None else with_rows(losses, rows, causal_lm, targets, **factors)
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:

@@ -25,7 +25,7 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.base.machine import free_unused, is_out_of_memory
 from gemma_tune.encoding.eye import PICTURES
 from gemma_tune.lora.layers import saved_weights
-from gemma_tune.lora.whole import head_once
+from gemma_tune.lora.whole import head_once, put_back
 from gemma_tune.train import processes
 from gemma_tune.train.adamw import AdamWAsOne
 from gemma_tune.train.base_weights import BaseWeights
@@ -48,6 +48,7 @@ from gemma_tune.train.kernels import not_compiled
 from gemma_tune.train.late import LateFigures
 from gemma_tune.train.looking import Shown
 from gemma_tune.train.summed_loss import install_summed_loss
+from gemma_tune.train.token_rows import NewTokens, forget
 from gemma_tune.train.whole import train_whole
 
 T = TypeVar("T")
@@ -68,12 +69,13 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         rate: the learning rate of a step, from 0 on, as a share of the peak.
         row_names: how an error names training sequences, by their numbers.
         shown: pictures of the training, where it has any.
+        tokens: new tokens, where there are any.
     """
 
     def __init__(self, *args: Any, training: Training, lengths: tuple[Sequence[int], Sequence[int]],
                  trained: tuple[Sequence[int], Sequence[int]], micro_batch: int, listener: Listener,
                  rate: Callable[[int], float], row_names: RowNames = by_number, shown: Shown | None = None,
-                 **kwargs: Any):
+                 tokens: NewTokens | None = None, **kwargs: Any):
         self.sharded = _stay_in_shards(kwargs["model"])
         super().__init__(*args, **kwargs)
         # Gradients are summed over the processes once a step, see Gradients; DDP would do so while they are computed,
@@ -81,6 +83,7 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
         prepare = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.accelerator.prepare_model = lambda *args, **kwargs: self._settled(prepare(*args, **kwargs))
         self.whole, self.base = train_whole(self.model), BaseWeights(self.model)  # its own are made wide
+        self.tokens, self._token_hooks = tokens, tokens.begin(self.model) if tokens else ()
         for parameter in self._trainable():  # TRL makes those of a 4-bit base bf16, in which small steps are lost
             parameter.data = parameter.data.float()
         self.training, self.lengths, self.micro_batch, self.listener = training, lengths, micro_batch, listener
@@ -126,6 +129,18 @@ class GemmaTrainer(FirstBatch, SFTTrainer):
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def begin_anew(self) -> None:
+        """Give the modules that are trained as a whole the weights that they began with."""
+        self.base.begin_anew()
+        if self.tokens and self.tokens.whole:
+            self.tokens.begin_anew(self.model)
+
+    def take_off(self) -> None:
+        """Have the base's own modules in the model again, before PEFT takes off its layers."""
+        self.base.stay()
+        put_back(self.model)
+        forget(self.model, self._token_hooks)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from gemma_tune.base.machine import free_unused, is_out_of_memory
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.start import load_start, names_in, weights_of
-from gemma_tune.lora.whole import copies_in, put_back
+from gemma_tune.lora.whole import copies_in
 from gemma_tune.models.placement import Placement
 from gemma_tune.run.session import Session
 from gemma_tune.train.callbacks import StopRequest
@@ -191,7 +191,7 @@ class Trials:
                 adapter = read_adapter(self.start)
                 load_start(trainer.model, weights_of(adapter, self._names))
             else:
-                trainer.base.begin_anew()
+                trainer.begin_anew()
             for weight, start in self._start:
                 weight.copy_(start)
         torch.random.set_rng_state(self._random)
@@ -241,8 +241,7 @@ class Trials:
         if self._trainer is None:
             return
         self._trainer.forget_moments()
-        self._trainer.base.stay()
-        put_back(self._trainer.model)
+        self._trainer.take_off()
         self.model = self._trainer.model.unload()
         vars(self.model).pop("forward", None)  # which TRL and we have put there
         self._trainer, self.rank = None, None

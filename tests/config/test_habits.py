@@ -42,7 +42,7 @@ def test_steps_are_no_share(cli, steps):
     ("--load_in_4bit", "here it is --qlora"), ("--bf16", "here it is --dtype bf16"), ("--cutoff_len", "gemma-tune prepare --max-length"),
     ("--model_name_or_path", "here it is --model"), ("--packing", "a GPU packs them"), ("--warmup_steps", "here it is --warmup, a share of the steps"),
     ("--train-on-inputs", "answers are learned, and prompts never"), ("--additional_target", "here it is --modules-to-save"),
-    ("--full_finetuning", "here it is --full"), ("--add_tokens", "no token is added"),
+    ("--full_finetuning", "here it is --full"), ("--add_tokens", "here it is gemma-tune prepare --new-tokens, which take unused entries"), ("--resize_vocab", "gemma-tune prepare --new-tokens names unused entries"),
     ("--data", "files of data are named without an option"), ("--deepspeed", "--strategy fsdp"),
     ("--push-to-hub-gguf", "here it is gemma-tune export-ollama --push")])
 def test_a_habit_is_answered(cli, typed, said):

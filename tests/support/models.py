@@ -25,13 +25,14 @@ def make_tokenizer(folder: Path, more: tuple[str, ...] = ()) -> int:
     return len(tokenizer)
 
 
-def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A random Gemma 3 text model of two layers as a checkpoint; ``changes`` go into its configuration."""
+def make_model(folder: Path, *, seed: int = 0, more: tuple[str, ...] = (), **changes: Any) -> Path:
+    """A random Gemma 3 text model of two layers as a checkpoint; ``changes`` go into its configuration, and ``more`` are
+    tokens."""
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    size = make_tokenizer(folder)
+    size = make_tokenizer(folder, more)
     settings = dict(
         vocab_size=size, hidden_size=64, intermediate_size=128, initializer_range=0.2, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32, sliding_window=64, max_position_embeddings=1024,

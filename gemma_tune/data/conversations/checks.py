@@ -54,16 +54,18 @@ _SHOWN = 3  # findings of one kind that a message names
 class TextChecks:
     """Finds what must not be in a text. Made once, used on a million rows."""
 
-    def __init__(self, own_markers: Collection[str], allow: Collection[str] = ()):
+    def __init__(self, own_markers: Collection[str], allow: Collection[str] = (), new_tokens: Collection[str] = ()):
         """
         Args:
             own_markers: the special tokens of the model's tokenizer; they are never let through, since the tokenizer
                 reads them as the control tokens that they are.
             allow: codes of findings that are no problem: foreign_marker, placeholder, control_character,
                 undeclared_tool.
+            new_tokens: words that look like markers of others, and are to be learned.
         """
         self._own = frozenset(marker for marker in own_markers if marker.strip())
         self._odd = sorted(marker for marker in self._own if not _TAG.fullmatch(marker))  # hardly ever any
+        self._new = frozenset(new_tokens)
         self._foreign = "foreign_marker" not in allow
         self._placeholders = "placeholder" not in allow
         self._controls = "control_character" not in allow
@@ -95,7 +97,7 @@ class TextChecks:
             for tag in _TAG.findall(text):
                 if tag in self._own:
                     own.append(tag)
-                elif self._foreign and (tag in FOREIGN or _PIPES.match(tag)):
+                elif self._foreign and (tag in FOREIGN or _PIPES.match(tag)) and tag not in self._new:
                     foreign.append(tag)
             if self._foreign and "SYS>>" in text:
                 foreign += [marker for marker in _OF_LLAMA_2 if marker in text and marker not in self._own]

@@ -6,7 +6,7 @@ exporter wants the SentencePiece `tokenizer.model`. A base that came as a GGUF h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,24 @@ def load_llama_vocab(checkpoint: Path, vocab_size: int, tokenizer: Any = None) -
         raise UserError(f"{checkpoint} has a tokenizer that puts spaces before text as llama.cpp can't.", CONVERTER)
     return replace(vocab, add_bos=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
                    add_space_prefix=behind[0] != "a")
+
+
+def name_pieces(checkpoint: Path, names: Collection[str]) -> None:
+    """Give new tokens their names in a checkpoint's `tokenizer.model` too, where there is one: llama.cpp's converter
+    reads that, and not `tokenizer.json`, which has them.
+
+    Raises:
+        UserError: one of the two is broken.
+    """
+    path = checkpoint / "tokenizer.model"
+    if not names or not path.is_file():
+        return
+    model = _parse_model(path)
+    for i, entry in _added_tokens(checkpoint, _read_json(checkpoint / "tokenizer.json")).items():
+        if entry["content"] in names and i < len(model.pieces):
+            piece = model.pieces[i]
+            piece.piece, piece.type = entry["content"], piece.USER_DEFINED
+    path.write_bytes(model.SerializeToString())
 
 
 def _model_from_arrays(path: Path, metadata: dict[str, Any]) -> ModelProto:
