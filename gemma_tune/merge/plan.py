@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from gemma_tune.base.errors import UserError
@@ -128,7 +128,7 @@ def plan_merge(base: Mapping[str, StoredTensor], adapter: Adapter, dtype: str | 
     transposed = _transposed(expected, layers, adapter)
     lacking = {name for name in ends if sources[name].shape != expected[name] and sources[name] is before[name]}
     if problems := [*_unlike_base(expected, sources, lacking), *_unfit_layers(expected, before, layers, transposed),
-                    *_unfit_experts(before, experts), *_unfit_rows(expected, rows)]:
+                    *_unfit_experts(before, experts), *_unfit_rows(expected, rows, layers.keys() | copies.keys())]:
         raise UserError(f"{adapter.folder} does not fit the base model", _ANOTHER_MODEL, problems[:20])
     if lacking:
         raise UserError(f"{adapter.folder} was trained with a vocabulary of {vocabulary:,} entries, where the base has "
@@ -252,9 +252,11 @@ def _unfit_experts(base: Mapping[str, StoredTensor], experts: Mapping[str, tuple
 
 
 def _unfit_rows(shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, tuple[list[int], StoredTensor]],
-                ) -> Iterator[str]:
+                others: Set[str]) -> Iterator[str]:
     for name, (ids, tensor) in rows.items():
-        if shapes[name][1:] != tensor.shape[1:] or max(ids) >= shapes[name][0]:
+        if name in others:
+            yield f"{name} is changed as a whole by the adapter, which has some of its rows by themselves as well"
+        elif shapes[name][1:] != tensor.shape[1:] or max(ids) >= shapes[name][0]:
             yield (f"{name} has the shape {shapes[name]} in the base, and the adapter row {max(ids)} of it, with "
                    f"{tensor.shape[1]} numbers")
 

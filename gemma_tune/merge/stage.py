@@ -210,10 +210,12 @@ def _copy_around(session: Session, folder: Path, plan: MergePlan) -> None:
     _copy(base, folder, (*_OF_BASE, "generation_config.json", *(() if trained_tokenizer else _TOKENIZER),
                          *(() if own_template else _TEMPLATES)))
     _copy(adapter, folder, ("generation_config.json", *_TEMPLATES, *(_TOKENIZER if trained_tokenizer else ())))
-    if names := session.settings_of("prepare").get("new_tokens"):
+    names = session.settings_of("prepare").get("new_tokens", ())
+    rows = {i for piece in plan.pieces if piece.rows for i in piece.rows[0]}
+    if names or rows:
         from gemma_tune.gguf.vocabulary.sentencepiece import name_pieces
 
-        name_pieces(folder, names)
+        name_pieces(folder, names, rows)
     if (notice := licence_notice(base_licence(session.model))) and not any(folder.glob("NOTICE*")):
         (folder / "NOTICE").write_text(notice, encoding="utf-8")
     config = read_config(base)

@@ -94,6 +94,7 @@ def train(session: Session, go_on: bool = False) -> StageReport:
     """
     session.require("train")
     require(session.config.report_to)
+    refuse_divided_tokens(session)
     if go_on and session.force:
         raise UserError("--continue and --force exclude each other: one goes on, and the other starts anew",
                         "leave one of them out")
@@ -139,10 +140,10 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
         UserError: no data, or settings that this model cannot be trained with.
     """
     require(session.config.report_to)
+    refuse_divided_tokens(session)
     quiet_libraries()
     session, waiting, start = as_before(session, go_on, writes=False)
     session = replace(session, inputs=require_inputs(session.run, session.manifest, "train") | start)
-    refuse_divided_tokens(session)
     sequences = prepared_sequences(session, session.listener)
     refuse_missing(read(session.config.reward))
     sizes = [sizes_of(rows, session.config) for rows in sequences]
@@ -209,7 +210,6 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     from gemma_tune.train.callbacks import earlier_records
 
     processes.refuse_another_number(session.config)
-    refuse_divided_tokens(session)
     sequences = prepared_sequences(session, session.listener)
     refuse_missing(read(session.config.reward))
     sizes = [sizes_of(rows, session.config) for rows in sequences]

@@ -92,6 +92,8 @@ KINDS = {
     "tied, whole embedding": (gemma, {**SAVED, "modules_to_save": ["embed_tokens"]}),
     "tied, whole head": (gemma, {**SAVED, "modules_to_save": ["lm_head"]}),
     "tied, both whole": (gemma, {**SAVED, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "rows": (gemma, {**SAVED, "trainable_token_indices": [5, 11]}),
+    "rows of both": (lambda: gemma(tie=False), {**SAVED, "trainable_token_indices": {"embed_tokens": [5, 11], "lm_head": [3]}}),
     "tied, one whole": (gemma, {**SAVED, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
 }
 
@@ -115,6 +117,7 @@ TIED = {
     "embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, True),
     "embedding, dora": ({"target_modules": ["embed_tokens"], "use_dora": True}, True),
     "head": ({"target_modules": ["lm_head", "q_proj"]}, True),
+    "rows": ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 11], "lm_head": [3]}}, True),
     "each by itself": ({"target_modules": ["lm_head", "embed_tokens"]}, True),
     "as one": ({"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}, False),
 }
@@ -260,13 +263,41 @@ def refused_settings(tmp_path, settings):
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"), ({"lora_bias": True}, "lora_bias"),
     ({"bias": "all"}, "bias: 'all'")])
 def test_kinds_that_are_not_merged(tmp_path, settings, said):
     refused = refused_settings(tmp_path, settings)
     assert said in " ".join([refused.message, *refused.problems])
     assert "PEFT" in refused.hint
+
+
+@pytest.mark.parametrize(("ids", "said"), [
+    ([1], "lacks the rows of the tokens"), ([1, 1], "no numbers of tokens"), ({"embed_tokens": []}, "no numbers of tokens"),
+    ([-1], "no numbers of tokens")])
+def test_rows_that_are_not_there_are_told_of(tmp_path, ids, said):
+    refused = refused_settings(tmp_path, {"trainable_token_indices": ids})
+    assert said in " ".join([refused.message, *refused.problems]) and "copy the adapter" in refused.hint
+
+
+def test_rows_of_a_larger_vocabulary_are_refused(tmp_path):
+    from gemma_tune.base.errors import UserError
+
+    base, adapter, _ = make(tmp_path, gemma(), **KINDS["rows"][1])
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace("11", "9999"))
+    with pytest.raises(UserError, match="does not fit") as caught:
+        merged(base, adapter, tmp_path / "out")
+    assert "row 9999" in caught.value.problems[0]
+
+
+def test_rows_of_a_matrix_that_is_changed_as_a_whole_are_refused(tmp_path):
+    from gemma_tune.base.errors import UserError
+
+    base, adapter, _ = make(tmp_path, gemma(), target_modules=["lm_head", "q_proj"], trainable_token_indices=[5, 11])
+    with pytest.raises(UserError, match="does not fit") as caught:
+        merged(base, adapter, tmp_path / "out")
+    assert caught.value.problems == ("lm_head.weight is changed as a whole by the adapter, which has some of its rows by themselves as well",)
 
 
 def test_every_tensor_of_the_adapter_is_used_or_listed(tmp_path):

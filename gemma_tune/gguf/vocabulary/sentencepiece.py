@@ -132,21 +132,24 @@ def load_llama_vocab(checkpoint: Path, vocab_size: int, tokenizer: Any = None) -
                    add_space_prefix=behind[0] != "a")
 
 
-def name_pieces(checkpoint: Path, names: Collection[str]) -> None:
+def name_pieces(checkpoint: Path, names: Collection[str], ids: Collection[int]) -> None:
     """Give new tokens their names in a checkpoint's `tokenizer.model` too, where there is one: llama.cpp's converter
     reads that, and not `tokenizer.json`, which has them.
+
+    Args:
+        names, ids: of the tokens, as far as the one or the other is known.
 
     Raises:
         UserError: one of the two is broken.
     """
     path = checkpoint / "tokenizer.model"
-    if not names or not path.is_file():
+    if not (names or ids) or not path.is_file():
         return
     model = _parse_model(path)
     for i, entry in _added_tokens(checkpoint, _read_json(checkpoint / "tokenizer.json")).items():
-        if entry["content"] in names and i < len(model.pieces):
-            piece = model.pieces[i]
-            piece.piece, piece.type = entry["content"], piece.USER_DEFINED
+        text = entry["content"]
+        if i < len(model.pieces) and (text in names or i in ids and not entry.get("special")):
+            model.pieces[i].piece, model.pieces[i].type = text, model.pieces[i].USER_DEFINED
     path.write_bytes(model.SerializeToString())
 
 
