@@ -77,20 +77,22 @@ def _rename(tokenizer: Any, content: dict[str, Any], ids: Mapping[str, int]) -> 
     from tokenizers import Tokenizer
 
     names = {i: name for name, i in ids.items()}
+    old = {*tokenizer.convert_ids_to_tokens([*names])}
     model = content["model"]
     if isinstance(model["vocab"], dict):
-        gone = {text for text, i in model["vocab"].items() if i in names}
         model["vocab"] = {names.get(i, text): i for text, i in model["vocab"].items()}
         if "merges" in model:  # that made an entry of its pieces
-            model["merges"] = [pair for pair in model["merges"] if "".join(pair).replace(" ", "") not in gone]
+            model["merges"] = [pair for pair in model["merges"] if "".join(pair).replace(" ", "") not in old]
     else:  # a list of texts with their scores
         model["vocab"] = [[names.get(i, text), score] for i, (text, score) in enumerate(model["vocab"])]
     added = {entry["id"]: entry for entry in content["added_tokens"]}
     added |= {i: {"id": i, "content": name, **_ORDINARY} for i, name in names.items()}
     content["added_tokens"] = [added[i] for i in sorted(added)]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
-    # Those that it was made with are saved beside its own.
-    for name in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
-        made_with = tokenizer.init_kwargs.get(name)
-        if isinstance(made_with, dict):
-            tokenizer.init_kwargs[name] = {i: token for i, token in made_with.items() if int(i) not in names}
+    # Names that it was made with are saved as well, and would be added behind the last token when it is loaded.
+    tokenizer.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if str(token) not in old]
+    made_with = tokenizer.init_kwargs
+    if "extra_special_tokens" in made_with:
+        made_with["extra_special_tokens"] = tokenizer.extra_special_tokens
+    made_with["added_tokens_decoder"] = {
+        i: token for i, token in made_with.get("added_tokens_decoder", {}).items() if int(i) not in names}

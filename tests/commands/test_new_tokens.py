@@ -17,6 +17,7 @@ from gemma_tune.lora.fold import fold
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
+from gemma_tune.train.trials import Trials
 from support.command import MANIFEST_SCHEMA, write_rows
 from support.llamas import TURNS, make_llama
 from support.merging import merged_tensors, peft_merge
@@ -71,6 +72,7 @@ def test_tokens_are_learned_loaded_merged_and_exported(cli, prepared, unused):
     assert len(old) > 1 and 0 < (rows_of()[0] - start).norm() < (base[6].float() - start).norm()
 
     tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
+    assert len(tokenizer) == len(base) and "<unused0>" not in tokenizer.get_vocab() and "<unused2>" in tokenizer.get_vocab()
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     assert [ids[0].tolist().count(i) for i in (6, 7)] == [1, 1] and tokenizer.decode(ids[0], skip_special_tokens=True) == TEXT
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(unused, dtype=torch.float32), ADAPTER)
@@ -178,6 +180,25 @@ def test_an_adapter_goes_on_with_its_own_tokens_alone(cli, prepared, unused, tmp
     done(cli, "prepare", tmp_path / "rows.jsonl", *other, "--new-tokens", "<x>,<plan>,<label_7>")
     refused = cli("train", *LEARN, "--run", "runs/other", "--from-adapter", ADAPTER)
     assert refused.code == 2 and "it has rows of 2 new tokens (6, 7), and those of the run are others" in refused.err
+
+
+@pytest.mark.parametrize("flags", [("--ranks", "2,4"), ("--full",)])
+def test_each_candidate_of_tune_begins_with_the_same_rows(cli, prepared, unused, flags, monkeypatch):
+    plain, began = Trials._restart, []
+
+    def restart(trials):
+        plain(trials)
+        weights = dict(trials._trainer.model.named_parameters())
+        [rows] = [weight for name, weight in weights.items() if weight.requires_grad and (
+            "embed_tokens.modules_to_save" in name or "trainable_tokens_delta" in name)]
+        began.append(rows.detach()[[0, 1] if len(rows) == 2 else [6, 7]].clone())
+
+    monkeypatch.setattr(Trials, "_restart", restart)
+    done(cli, "tune", "--learning-rates", "5e-3,1e-3", *flags)
+    old = AutoTokenizer.from_pretrained(unused)(NEW[0], add_special_tokens=False).input_ids
+    start = load_file(unused / "model.safetensors")["model.embed_tokens.weight"][old].float().mean(0)
+    assert len(began) > 1 and all(torch.equal(rows, began[0]) for rows in began)
+    torch.testing.assert_close(began[0][0], start, rtol=1e-2, atol=1e-3)
 
 
 def test_preferences_begin_with_the_rows_as_reference(cli, unused, tmp_path):
