@@ -32,7 +32,7 @@ from gemma_tune.lora.fold import fold
 from gemma_tune.lora.load import add_adapter
 from gemma_tune.models.load import load_model
 from gemma_tune.models.looking import Looking
-from gemma_tune.models.placement import available, choose_placement
+from gemma_tune.models.placement import available, placed
 from gemma_tune.run.session import Session
 
 
@@ -182,7 +182,7 @@ def _opened(session: Session, name: str, which: str, checkpoint: Path, adapter: 
     Args:
         called: what people are told in place of ``which``.
     """
-    placement = choose_placement(session.config.dtype)
+    placement = placed(session.config.dtype, checkpoint)
     session.listener.note(f"{called or which}, computing in {placement.reason}")
     chat = _format(session, adapter or checkpoint)
     chat.eye = eye_of(checkpoint, chat.tokenizer)  # an adapter has none

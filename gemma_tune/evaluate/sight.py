@@ -8,7 +8,7 @@ from typing import Any
 from gemma_tune.answers.sight import Seen
 from gemma_tune.encoding.eye import Eye
 from gemma_tune.models.load import load_model, load_towers
-from gemma_tune.models.placement import choose_placement
+from gemma_tune.models.placement import placed
 from gemma_tune.run.pictures import unreadable
 from gemma_tune.run.session import Session
 
@@ -26,7 +26,8 @@ def base_that_sees(session: Session, eye: Eye | None, names: Sequence[str]) -> t
         UserError: the model cannot be loaded, or a picture not be read.
         WorkFailed: what was seen cannot be written.
     """
-    checkpoint, placement = session.model.path, choose_placement(session.config.dtype)
+    checkpoint = session.model.path
+    placement = placed(session.config.dtype, checkpoint)
     if eye is None or not names:
         return load_model(checkpoint, placement), None
     seen = Seen(session.run.seen, eye, session.model.fingerprint, placement.dtype)

@@ -13,8 +13,8 @@ from gemma_tune.lora.experts import is_known
 def fold(model: Any) -> Any | None:
     """The base model with the adapter in its weights; None, and nothing has changed, where that cannot be exact.
 
-    That is where a layer is quantised, is shared with another (a head with the embedding), has something else than A
-    and B, or where these are not finite, of which the adapter's own errors tell.
+    That is where a layer is quantised or kept narrower than it computes, is shared with another (a head with the
+    embedding), has something else than A and B, or where these are not finite, of which the adapter's own errors tell.
 
     Args:
         model: a PEFT model with one adapter, which is not to be used any more.
@@ -48,7 +48,7 @@ def _is_plain(layer: Any, shared: set[int]) -> bool:
         return False
     base, names = layer.get_base_layer(), layer.active_adapters
     return ((is_known(base) if type(layer) is ParamWrapper else type(base) is torch.nn.Linear)
-            and len(names) == 1 and names[0] in layer.lora_A
+            and type(_weight(layer)) is torch.nn.Parameter and len(names) == 1 and names[0] in layer.lora_A
             and _weight(layer).dtype.is_floating_point and _weight(layer).data_ptr() not in shared
             and not layer.lora_bias.get(names[0], False) and not getattr(layer, "fan_in_fan_out", False)
             and names[0] not in layer.lora_variant and _stays_finite(layer, names[0]))

@@ -95,11 +95,12 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         from transformers import AutoConfig
 
         from gemma_tune.models.cutoffs import with_cutoffs
+        from gemma_tune.models.narrow import keep_narrow, loading_narrow
     extra = _where_and_how(config, placement, four_bit, shards)
     attention = attention_of(config.get("model_type", ""), towers=isinstance(config.get("text_config"), dict))
     try:
         whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-        with without_towers(whole, sees=sight == "towers"):
+        with without_towers(whole, sees=sight == "towers"), loading_narrow(placement.stored):
             model, info = auto_class(whole.model_type, sees=sight != "none").from_pretrained(
                 checkpoint, dtype=placement.dtype, attn_implementation=attention, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True,
@@ -108,6 +109,8 @@ def load_model(checkpoint: Path, placement: Placement, *, four_bit: bool = False
         if not four_bit and shards == 1:
             model = model.to(placement.device)
         _settle(model, config, placement)
+        if placement.stored:
+            keep_narrow(model, placement.stored)
         with_cutoffs(with_decoder(model))
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_row_after_row)

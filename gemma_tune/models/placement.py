@@ -17,16 +17,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a model computes, with the reason to print."""
+    """Where and how a model computes, with the reason to print.
+
+    Attributes:
+        dtype: of all that is computed.
+        stored: the type that large weights have in memory where that is another one, see ``narrow``.
+        instead: what is taken where the weights do not fit the memory so.
+    """
 
     device: str
     dtype: torch.dtype
     reason: str
+    stored: torch.dtype | None = None
+    instead: Placement | None = None
 
     @property
     def short(self) -> str:
-        """The type as ``--dtype`` names it."""
-        return {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float16": "fp16"}[str(self.dtype)]
+        """The type as ``--dtype`` names it: that of the weights."""
+        return {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float16": "fp16"}[str(self.weights)]
+
+    @property
+    def weights(self) -> torch.dtype:
+        """The type of the weights in memory."""
+        return self.stored or self.dtype
+
+    def need(self, parameters: int) -> int:
+        """Bytes that so many weights take, and what they are widened in."""
+        return parameters * self.weights.itemsize + (4 * min(parameters, PLACE) if self.stored else 0)
+
+    def as_stored(self) -> Placement:
+        """The same for work that needs weights as they are: it computes in their type."""
+        return replace(self, dtype=self.weights, stored=None, reason=SLOW.format(self.device)) if self.stored else self
 
 
 def best_device() -> str:
@@ -66,6 +87,12 @@ def wide(numbers: torch.Tensor) -> torch.Tensor:
     return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
 
 
+# A step of SmolLM2 135M took 36 times as long (AVX2): products of bf16 numbers are then plain loops.
+SLOW = "bf16 on {}, as asked, though it has no instructions for it: fp32 is many times as fast"
+PLACE = 1 << 26  # numbers that are widened at once, at most, of weights that are stored in another type
+_NARROW = "weights in bf16 and products in fp32, as the CPU has no instructions for bf16"
+
+
 def choose_placement(dtype: str, device: str | None = None) -> Placement:
     """Device and compute type for ``--dtype``: never fp16 by itself, as Gemma 2 and 3 overflow in it.
 
@@ -93,10 +120,9 @@ def _placement(dtype: str, device: str) -> Placement:
         if wanted == torch.bfloat16 and lacks_bf16:
             raise UserError("Apple's GPU computes in bf16 from macOS 14 on, and this system is older",
                             "leave --dtype out: fp32 is taken then; or update macOS")
-        slow = device == "cpu" and wanted == torch.bfloat16 and bf16_instructions() == ""
-        # A step of SmolLM2 135M took 36 times as long (AVX2): products of bf16 numbers are then plain loops.
-        beside = ", though it has no instructions for it: fp32 is many times as fast" if slow else ""
-        return Placement(device, wanted, f"{dtype} on {device}, as asked{beside}")
+        if device == "cpu" and wanted == torch.bfloat16 and bf16_instructions() == "":
+            return _narrow(f"{dtype} on {device}, as asked: {_NARROW}")
+        return Placement(device, wanted, f"{dtype} on {device}, as asked")
     if device == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return Placement(device, torch.bfloat16 if fast else torch.float32,
@@ -124,12 +150,19 @@ def _on_cpu(instructions: str | None) -> Placement:
     if instructions:
         return Placement("cpu", torch.bfloat16, f"bf16 on the CPU, which has instructions for it ({instructions})")
     if instructions == "":
-        return Placement("cpu", torch.float32, "fp32 on the CPU, which has no instructions for bf16")
+        return Placement("cpu", torch.float32, "fp32 on the CPU, which has no instructions for bf16",
+                         instead=_narrow(f"bf16 on the CPU, as fp32 does not fit the memory: {_NARROW}"))
     ratio = bf16_speed()
     measured = f"bf16 products measured {ratio:.1f}x as fast as fp32, and {FASTER:g}x is needed"
     if ratio >= FASTER:
         return Placement("cpu", torch.bfloat16, f"bf16 on the CPU: its products measured {ratio:.1f}x as fast as fp32")
     return Placement("cpu", torch.float32, f"fp32 on the CPU: {measured}")
+
+
+def _narrow(reason: str) -> Placement:
+    import torch
+
+    return Placement("cpu", torch.float32, reason, stored=torch.bfloat16)
 
 
 def bf16_instructions() -> str | None:
@@ -204,11 +237,28 @@ def place(parameters: int, extra: int = 0) -> tuple[Placement | None, str]:
     first = "fp32" if parameters < LARGEST_FP32 else "auto"
     for dtype in dict.fromkeys((first, "auto", "bf16")):
         placement = choose_placement(dtype)
-        need = parameters * placement.dtype.itemsize + extra + OVERHEAD[placement.device]
-        room = available(placement.device)  # weights go straight to a GPU
+        need, room = _need(placement, parameters, extra), available(placement.device)  # weights go straight to a GPU
         if need <= USABLE * room:
             return placement, ""
     return None, f"it takes {gigabytes(need)} of memory, and {gigabytes(room)} are available"
+
+
+def placed(dtype: str, checkpoint: Path) -> Placement:
+    """:func:`choose_placement` for a checkpoint that answers, with what is taken instead where that would not fit."""
+    from gemma_tune.base.checkpoint import read_config
+    from gemma_tune.base.tensors import open_tensors
+    from gemma_tune.lora.layers import TOWERS
+    from gemma_tune.models.quantised import parameter_count, quantisation
+
+    found = choose_placement(dtype)
+    if found.instead is None or quantisation(read_config(checkpoint)):
+        return found
+    parameters = parameter_count(t for name, t in open_tensors(checkpoint).items() if not TOWERS.search(name))
+    return found if _need(found, parameters) <= USABLE * available(found.device) else found.instead
+
+
+def _need(placement: Placement, parameters: int, extra: int = 0) -> int:
+    return placement.need(parameters) + extra + OVERHEAD[placement.device]
 
 
 def _left_by_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:

@@ -29,12 +29,15 @@ def test_known_instructions_decide_and_nothing_is_measured(processor, monkeypatc
     assert chosen.dtype == dtype and named in chosen.reason
 
 
-@pytest.mark.parametrize(("has", "dtype", "slow"), [
+@pytest.mark.parametrize(("has", "dtype", "apart"), [
     ({"avx2": True}, "bf16", True), ({"avx2": True}, "fp32", False), ({"avx512_bf16": True}, "bf16", False)])
-def test_bf16_without_instructions_is_taken_where_it_is_asked_for_and_called_slow(processor, has, dtype, slow):
+def test_bf16_without_instructions_is_the_type_of_the_weights_alone(processor, has, dtype, apart):
     processor(architecture="x86_64", **has)
     chosen = placement.choose_placement(dtype)
-    assert chosen.short == dtype and ("fp32 is many times as fast" in chosen.reason) is slow
+    assert chosen.short == dtype and ("products in fp32" in chosen.reason) is apart
+    assert chosen.dtype == (torch.float32 if apart else chosen.weights)
+    slow = chosen.as_stored()
+    assert slow.dtype == chosen.weights and slow.stored is None and ("fp32 is many times as fast" in slow.reason) is apart
 
 
 @pytest.mark.parametrize(("ratio", "dtype"), [(1.1, torch.float32), (1.4, torch.float32), (3.3, torch.bfloat16)])
