@@ -163,7 +163,7 @@ def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> B
         listener.note(f"going on from {checkpoint.name}, where an earlier training stopped")
         training = Training.of(read_marker(checkpoint) or {}, key, settings)
         placement = _placement(session, training.compute, "interrupted")
-        training = replace(training, compute=_compute(placement), asked=_asked(session))
+        training = replace(training, compute=compute_of(placement), asked=_asked(session))
         return Beginning(training, placement, checkpoint, start)
     return _at_the_end(session, content, rows) if continues else _anew(session, content)
 
@@ -171,7 +171,7 @@ def begin(session: Session, content: Sequence[str], rows: int, go_on: bool) -> B
 def _anew(session: Session, content: Sequence[str]) -> Beginning:
     start, placement = start_folder(session), choose_placement(session.config.dtype)
     return Beginning(Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(),
-                              _compute(placement), rows=content[1], asked=_asked(session)), placement, None, start)
+                              compute_of(placement), rows=content[1], asked=_asked(session)), placement, None, start)
 
 
 def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginning:
@@ -180,9 +180,9 @@ def _at_the_end(session: Session, content: Sequence[str], rows: int) -> Beginnin
     summary = session.manifest.stages["train"]["summary"]
     placement = _placement(session, found.before["compute"], "finished")
     start = _start(session, found.steps_before)
-    training = Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(), _compute(placement),
-                        found.before["micro_batch"], session.manifest.finished_trainings, found.steps_before,
-                        content[1], _figures_before(found, summary), _asked(session))
+    training = Training(uuid.uuid4().hex, _key(session, content, start), session.config.as_dict(),
+                        compute_of(placement), found.before["micro_batch"], session.manifest.finished_trainings,
+                        found.steps_before, content[1], _figures_before(found, summary), _asked(session))
     return Beginning(training, placement, found.checkpoint, start)
 
 
@@ -207,7 +207,7 @@ def _asked(session: Session) -> tuple[str, ...]:
     return tuple(sorted(session.resolved.given))
 
 
-def _compute(placement: Placement) -> str:
+def compute_of(placement: Placement) -> str:
     return f"{placement.device} {placement.short}"
 
 

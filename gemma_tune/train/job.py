@@ -139,17 +139,29 @@ def with_batch_size(session: Session, rows: int) -> Session:
 
 
 def fit(session: Session, sizes: Sequence[Sizes], placement: Placement, before: int = 0,
-        start: Path | None = None) -> tuple[ModelShape, BatchChoice]:
-    """How large the model is, and how a batch of its longest rows can go through it here.
+        start: Path | None = None) -> tuple[Placement, ModelShape, BatchChoice]:
+    """Where and how the model computes, how large it is, and how a batch of its longest rows can go through it here.
 
     Args:
         sizes: of the training's rows, and of the validation's.
+        placement: what it began with, or begins with if it fits; else what is to be taken instead.
         before: the micro-batch that a resumed training had, which is kept if it fits.
         start: directory of the adapter that is trained further.
     """
-    refuse_four_bits(session.config, placement.device, session.model.config)
+    config = session.config
+    refuse_four_bits(config, placement.device, session.model.config)
+    if config.whole or config.compile or config.shards > 1:  # which need the weights as tensors that computes
+        return _as_placed(session, sizes, placement.as_stored(), before, start)
+    found = _as_placed(session, sizes, placement, before, start)
+    if found[2].fits or placement.instead is None:
+        return found
+    return _as_placed(session, sizes, placement.instead, before, start)
+
+
+def _as_placed(session: Session, sizes: Sequence[Sizes], placement: Placement, before: int,
+               start: Path | None) -> tuple[Placement, ModelShape, BatchChoice]:
     shape = shape_of(session.model.path, session.config, placement.dtype, read_adapter(start) if start else None,
-                     placement.device)
+                     placement.device, narrow=placement.stored is not None)
     shape = replace(shape, adapter=shape.adapter + _rows_of_new_tokens(session, shape))
     longest = sizes[0].longest
     _refuse_beyond_positions(session, shape, max(rows.longest for rows in sizes))
@@ -160,8 +172,8 @@ def fit(session: Session, sizes: Sequence[Sizes], placement: Placement, before: 
     if config.micro_batch is None and 0 < before <= config.learned_at_once:
         kept = choose(shape, replace(config, micro_batch=before), longest, placement.device, room, sequences)
         if kept.fits:
-            return shape, replace(kept, reason="as before")
-    return shape, choose(shape, config, longest, placement.device, room, sequences)
+            return placement, shape, replace(kept, reason="as before")
+    return placement, shape, choose(shape, config, longest, placement.device, room, sequences)
 
 
 def _rows_of_new_tokens(session: Session, shape: ModelShape) -> int:

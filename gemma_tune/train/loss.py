@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.autograd.function import once_differentiable
 
+from gemma_tune.models.narrow import widened
 from gemma_tune.train.products import at_least_fp32, gradient_of, has_kernels, wide_product
 
 IGNORE_INDEX = -100
@@ -131,7 +132,7 @@ class _Block:
         product = torch.empty(rows, width, dtype=self.hidden.dtype, device=self.hidden.device)
         logits = torch.empty(rows, width, dtype=self.sum.dtype, device=self.hidden.device)
         for start in range(0, vocabulary, width):
-            part = self.weight[start:start + width]
+            part = widened(self.weight[start:start + width])
             if len(part) < width:
                 product, logits = product.new_empty(rows, len(part)), logits.new_empty(rows, len(part))
             self._add(part, start, product, logits, with_grad)

@@ -18,7 +18,7 @@ from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.base.words import counted, first_line, gigabytes
 from gemma_tune.config.stages import TrainConfig
-from gemma_tune.models.placement import OVERHEAD, USABLE, best_device
+from gemma_tune.models.placement import OVERHEAD, PLACE, USABLE, best_device
 from gemma_tune.models.quantised import has_packed_experts, quantisation
 from gemma_tune.train.method import piece_name
 from gemma_tune.train.shape import ModelShape
@@ -92,7 +92,8 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     """Peak memory of a training step of one process, in bytes.
 
     - weights: every number in the compute type; with ``four_bit`` those of linear layers take 4.127 bits, and the
-      largest of them is unpacked while it is used. In ``shards`` each process has its part, the whole head, and two
+      largest of them is unpacked while it is used. Those that are kept narrow (:attr:`ModelShape.narrow`) take 2 bytes,
+      and there is one place where they are widened. In ``shards`` each process has its part, the whole head, and two
       layers: the one in use and the next.
     - adapter, gradients, optimizer: fp32, and AdamW's two moments: 4 + 4 + 8 bytes for each trained number. Of modules
       that are trained as a whole there is a rounded copy as well, to compute with, where that is not fp32, and none of
@@ -128,6 +129,10 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
         weights = weights // shards + shape.head * shape.item + 2 * weights // shape.layers
     if four_bit:
         weights -= round(shape.linear * (shape.item - NF4_BYTES)) - shape.hidden * shape.widest * shape.item
+    if shape.narrow:
+        narrow = max(0, shape.narrow - shape.linear) if four_bit else shape.narrow
+        place = min(PLACE, max(shape.head, shape.hidden * shape.widest))
+        weights -= narrow * (shape.item - 2) - place * shape.item
     logits = LOGITS_ON_GPU if device == "cuda" else LOGITS
     working = max(logits, round(WORKING_LINEAR * tokens * shape.widest * shape.item),
                   WORKING_NORM * tokens * shape.hidden)

@@ -50,6 +50,7 @@ class ModelShape:
         layers: blocks of the text model.
         attention: query heads x their width.
         item: bytes of a number in the compute type.
+        narrow: numbers of the base that are kept in 2 bytes, and widened for their products.
         kept: bytes that autograd keeps for the backward pass, head excluded, of so many rows of so many tokens.
         whole: numbers of the modules that are trained as a whole, which are among those of the adapter.
         resting: those of them that the base's own modules have on the disk alone while steps are made, see
@@ -83,12 +84,13 @@ class ModelShape:
     whole_active: int = 0
     modules: int = 0
     cached: int = 0
+    narrow: int = 0
     head_trained: bool = False
     model: Any = field(default=None, compare=False, repr=False)
 
 
 def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: Adapter | None = None,
-             device: str = "cpu") -> ModelShape:
+             device: str = "cpu", narrow: bool = False) -> ModelShape:
     """Measure the model of ``checkpoint/config.json``; the weights need not be there.
 
     Args:
@@ -96,12 +98,15 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
         dtype: the compute type.
         start: the adapter that is trained further; its layers and ranks count.
         device: where it will be trained, as the layers of a GPU keep less.
+        narrow: whether large weights are kept in 2 bytes.
 
     Raises:
         UserError: a model type that transformers does not know, ``--target-modules`` that the model does not have, or
             an adapter that does not fit it.
     """
     import torch
+
+    from gemma_tune.models.narrow import is_large
 
     text_config, model = _without_weights(checkpoint, dtype)
     head = model.get_output_embeddings().weight
@@ -119,6 +124,7 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
     linear = {id(module.weight): module.weight.numel() for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module.weight is not head}
     parameters, active = sum(p.numel() for p in model.parameters()), _active(model)
+    large = sum(p.numel() for p in model.parameters() if is_large(p))
     through = sum(map(sum, adapted))
     with_adapter = _adapted(model, config, targets, patterns_of(start, names) if start else {})
     on_layers, on_experts = _trained(with_adapter)
@@ -133,6 +139,7 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
         attention=_attention_width(text_config),
         item=dtype.itemsize, kept=_counter(with_adapter, through, torch.device(device)),
         cached=keys_of_a_token(text_config) if config.method == "grpo" else 0,
+        narrow=large if narrow else 0,
         whole=in_whole, resting=sum(p.numel() for module in whole for p in module.parameters() if p.ndim > 1),
         begun=in_whole if start else 0,
         whole_active=sum(module.weight.numel() for module in matrices), modules=len(whole),

@@ -38,6 +38,7 @@ from gemma_tune.train.going_on import (
     as_before,
     as_finished,
     begin,
+    compute_of,
     continuation,
     keep_what_is_best,
     nothing_new,
@@ -161,7 +162,9 @@ def plan_training(session: Session, go_on: bool = False) -> TrainingPlan:
         found = continuation(session, len(sizes[0]))
         done, micro_batch = found.done, found.before["micro_batch"]
         notes.append(f"{found.done} of these {found.total} steps are done: {found.said}")
-    shape, choice = fit(session, sizes, placement, micro_batch, start_folder(session))
+    placement, shape, choice = fit(session, sizes, placement, micro_batch, start_folder(session))
+    if placement.stored:
+        notes.append(f"computing in {placement.reason}")
     shown = None
     if any(map(pictures_in, sequences)):  # else no tokenizer is needed
         shown = shown_in(session, chat_format_of(session), sequences, placement)
@@ -221,12 +224,11 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     begun = begin(session, content, len(sizes[0]), go_on)
     if begun.start:
         refuse_other_tokens(read_adapter(begun.start), chat.new_tokens)
-    placement, checkpoint = begun.placement, begun.checkpoint
+    checkpoint, longest = begun.checkpoint, sizes[0].longest
+    placement, shape, choice = fit(session, sizes, begun.placement, begun.training.micro_batch, begun.start)
     listener.detail("device", f"computing in {placement.reason}")
     if config.method == "grpo":
         listener.detail("rewards", f"rewards: {in_words(config.reward)}")
-    longest = sizes[0].longest
-    shape, choice = fit(session, sizes, placement, begun.training.micro_batch, begun.start)
     listener.detail("memory", described(choice, longest))
     refuse_what_does_not_fit(choice, config, longest, listener)
     shown = shown_in(session, chat, sequences, placement)
@@ -237,7 +239,8 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     session = replace(session, model=with_weights(session.model, listener))
     earlier = earlier_records(run.metrics, step_of(checkpoint)) if checkpoint else []
     startup.done("plan")
-    return Job(session, begun.training, checkpoint, begun.start, placement, choice, earlier, startup), shape, chat
+    training = replace(begun.training, compute=compute_of(placement))
+    return Job(session, training, checkpoint, begun.start, placement, choice, earlier, startup), shape, chat
 
 
 def _work(job: Job, chat: ChatFormat, refuse_bad_weights: Callable[[], Any],

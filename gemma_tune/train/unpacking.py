@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from gemma_tune.models.narrow import Place
+
 LARGE = 32 << 20  # bytes of an unpacked weight
 PIECE = 1 << 20  # numbers
 
@@ -20,7 +22,7 @@ class Room:
     """Where weights are unpacked, one after the other: the next one overwrites the last."""
 
     def __init__(self) -> None:
-        self._numbers = torch.empty(0)
+        self._place = Place()
 
     def unpacked(self, packed: torch.Tensor, state: Any) -> torch.Tensor:
         """A weight (out, in) in the type that it computes in, the same numbers as bitsandbytes gives; of a large one
@@ -34,19 +36,13 @@ class Room:
 
         if packed.device.type != "cpu" or state.shape.numel() * state.dtype.itemsize < LARGE or not _in_rows(state):
             return dequantize_4bit(packed, state)
-        weight = self._place(state.shape, state.dtype)
+        weight = self._place.of(state.shape, state.dtype)
         rows = max(1, PIECE // weight.shape[1])
         pieces = packed.view(torch.uint8).view(len(weight), -1).split(rows)
         for part, piece, scales in zip(weight.split(rows), pieces, _scales(state).split(rows)):
             # In one column: a single row would be taken for a weight that is transposed.
             part.copy_(dequantize_4bit(piece.reshape(-1, 1), _like(state, scales.flatten(), part.shape)))
         return weight
-
-    def _place(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        if self._numbers.dtype != dtype or len(self._numbers) < shape.numel():
-            with torch.inference_mode(False):  # what is made there can be written to nowhere else
-                self._numbers = torch.empty(shape.numel(), dtype=dtype)
-        return self._numbers[:shape.numel()].view(shape)
 
 
 def _in_rows(state: Any) -> bool:

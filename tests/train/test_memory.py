@@ -227,16 +227,16 @@ def test_a_checkpoint_in_4_bits_is_planned_as_what_it_is(monkeypatch, flag, stor
     """A GPU that holds it and not the 16-bit model: no word of --qlora either."""
     config = TrainConfig(batch_size=1, qlora=flag, activation_checkpointing=False)
     needs = [estimate(FAKE, 1, 500, checkpointing=False, four_bit=packed, device="cuda").total for packed in (True, False)]
-    monkeypatch.setattr(job, "shape_of", lambda *_: FAKE)
+    monkeypatch.setattr(job, "shape_of", lambda *_, **__: FAKE)
     monkeypatch.setattr(memory_module, "best_device", lambda: "cuda")
     for text in (False, True):
         monkeypatch.setattr(job, "available", lambda device: sum(needs) / 2 / USABLE)
         found = {"quantization_config": stored} if stored else {}
         session = SimpleNamespace(config=config, model=SimpleNamespace(path=None, config={"text_config": found} if text else found))
-        choice = job.fit(session, [SimpleNamespace(longest=500)], placement.Placement("cuda", torch.bfloat16, ""))[1]
+        choice = job.fit(session, [SimpleNamespace(longest=500)], placement.Placement("cuda", torch.bfloat16, ""))[2]
         assert choice.fits == four_bit and choice.memory.total == needs[not four_bit]
         monkeypatch.setattr(job, "available", lambda device: 10**9)
-        choice = job.fit(session, [SimpleNamespace(longest=500)], placement.Placement("cuda", torch.bfloat16, ""))[1]
+        choice = job.fit(session, [SimpleNamespace(longest=500)], placement.Placement("cuda", torch.bfloat16, ""))[2]
         assert ("--qlora" in memory_module._what_helps(choice, config, 500)) == (not four_bit)
 
 

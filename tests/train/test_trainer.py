@@ -237,8 +237,8 @@ def _with_micro_batch(fit, rows: int):
     from dataclasses import replace
 
     def chosen(*args):
-        shape, choice = fit(*args)
-        return shape, replace(choice, micro_batch=rows)
+        placement, shape, choice = fit(*args)
+        return placement, shape, replace(choice, micro_batch=rows)
 
     return chosen
 

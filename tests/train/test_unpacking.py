@@ -32,7 +32,7 @@ def test_the_numbers_are_bitsandbytes_own(rows, dtype, how):
     room, (weight, state) = Room(), packed(rows, 128, dtype, **how)
     found = room.unpacked(weight, state)
     assert found.dtype == dtype and torch.equal(found, functional.dequantize_4bit(weight, state))
-    assert found.data_ptr() == room._numbers.data_ptr()
+    assert found.data_ptr() == room._place._numbers.data_ptr()
 
 
 def test_the_next_weight_takes_the_place_of_the_last():
@@ -54,7 +54,7 @@ def test_a_place_that_answers_have_made_serves_training():
 def test_other_weights_are_left_to_bitsandbytes(rows, width):
     room, (weight, state) = Room(), packed(rows, width)
     assert torch.equal(room.unpacked(weight, state), functional.dequantize_4bit(weight, state))
-    assert not len(room._numbers)
+    assert not len(room._place._numbers)
 
 
 def test_layers_that_share_the_place_learn_the_same(monkeypatch):
