@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +24,7 @@ from gemma_tune.train.loss import IGNORE_INDEX
 from gemma_tune.train.preference_loss import SUMS, PreferenceLoss
 from gemma_tune.train.units import PAIR, Units, collate_units
 from support.another_device import THERE
-from support.command import write_rows
+from support.command import copied_run, invoke, write_rows
 
 METHODS = {"dpo": {"method": "dpo"}, "dpo with the answers' own loss": {"method": "dpo", "sft_weight": 0.3},
            "ipo": {"method": "dpo", "dpo_loss": "ipo"}, "smoothed": {"method": "dpo", "label_smoothing": 0.1},
@@ -136,6 +140,29 @@ def trained_eagerly(cli, tiny, tmp_path, epochs: int, flags: tuple) -> tuple:
     return command
 
 
+@pytest.fixture(scope="module")
+def eager_once(tiny, tmp_path_factory) -> Callable[..., tuple[Path, tuple]]:
+    """A run that was trained so with these flags, and the command that did: each is trained once. Copy it, do not change it."""
+    @functools.cache
+    def made(*flags: object) -> tuple[Path, tuple]:
+        place = tmp_path_factory.mktemp("eager")
+        run = place / "runs" / "tiny-gemma"
+        return run, trained_eagerly(lambda *args: invoke(*args, "--run", run), tiny, place, 2, flags)
+
+    return made
+
+
+@pytest.fixture
+def eagerly(eager_once, tiny, tmp_path) -> Callable[..., tuple]:
+    """The command of such a run, which then lies here."""
+    def trained(*flags: object) -> tuple:
+        run, command = eager_once(*flags)
+        copied_run(run, tmp_path, tiny, "pairs.jsonl")
+        return command
+
+    return trained
+
+
 def capture_with(kind: type, monkeypatch) -> None:
     """Let trainings capture their steps with this double."""
     from gemma_tune.train import first_batch, preference
@@ -175,9 +202,9 @@ class Uncaptured(CapturedSteps):
 
 @pytest.mark.parametrize("flags", [(), ("--sft-weight", 0.5), ("--method", "orpo"), ("--method", "kto"), ("--method", "sft")],
                          ids=["dpo", "rpo", "orpo", "kto", "sft"])
-def test_a_training_in_captured_steps_is_the_same(cli, tiny, tmp_path, monkeypatch, flags):
+def test_a_training_in_captured_steps_is_the_same(cli, eagerly, monkeypatch, flags):
     """All of it but the graph: buckets, what is copied, weights, accumulation, figures, evaluations."""
-    command = trained_eagerly(cli, tiny, tmp_path, 3, flags)
+    command = eagerly(*flags)
     expected = log()
     capture_with(Uncaptured, monkeypatch)
     Uncaptured.ran = 0
@@ -211,10 +238,10 @@ class Kept(Uncaptured):
 
 @pytest.mark.parametrize(("flags", "times"), [(("--sft-weight", 0.5), 3), (("--method", "kto"), 3), (("--method", "sft"), 3),
                                               (("--method", "sft"), 4)], ids=["rpo", "kto", "sft", "too often"])
-def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, tiny, tmp_path, monkeypatch, flags, times):
+def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, eagerly, monkeypatch, flags, times):
     from gemma_tune.train import trainer
 
-    command = trained_eagerly(cli, tiny, tmp_path, 2, flags)
+    command = eagerly(*flags)
     expected, failed = log(), []
     plain = trainer.GemmaTrainer.with_room
 
@@ -237,9 +264,9 @@ def test_a_rare_piece_that_does_not_fit_beside_captured_steps_frees_them(cli, ti
     same_figures(expected, log())
 
 
-def test_a_copy_of_the_gradients_that_does_not_fit_beside_captured_steps_frees_them(cli, tiny, tmp_path, monkeypatch):
+def test_a_copy_of_the_gradients_that_does_not_fit_beside_captured_steps_frees_them(cli, eagerly, monkeypatch):
     """Of all weights it takes four bytes for each."""
-    command = trained_eagerly(cli, tiny, tmp_path, 2, ("--method", "sft", "--micro-batch", 1))
+    command = eagerly("--method", "sft", "--micro-batch", 1)
     expected, failed, saved = log(), [], Gradients.saved
 
     def without_memory(self):
@@ -258,10 +285,10 @@ def test_a_copy_of_the_gradients_that_does_not_fit_beside_captured_steps_frees_t
 
 
 @pytest.mark.parametrize("flags", [("--sft-weight", 0.5), ("--method", "sft")], ids=["rpo", "sft"])
-def test_a_rare_piece_that_does_not_fit_at_all_goes_in_halves(cli, tiny, tmp_path, monkeypatch, flags):
+def test_a_rare_piece_that_does_not_fit_at_all_goes_in_halves(cli, eagerly, monkeypatch, flags):
     from gemma_tune.train import trainer
 
-    command = trained_eagerly(cli, tiny, tmp_path, 2, flags)
+    command = eagerly(*flags)
     expected, plain = log(), trainer.GemmaTrainer._eager_step
 
     def eager(self, model, part, count):
