@@ -17,23 +17,49 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.train.best import Best
 from gemma_tune.train.callbacks import MetricsLog
 from gemma_tune.train.verdict import REWARD
-from support.command import rows, write_rows
+from support.command import Result, copied_run, invoke, rows, write_rows
 from support.listener import Said
 
 RUN = Path("runs/tiny-gemma")
 ADAPTER = RUN / "tiny-gemma_lora_adapter" / "adapter_model.safetensors"
-# So few rows, seen so often and at such a rate, are learned by heart.
-BY_HEART = ("--epochs", 12, "--rank", 8, "--dtype", "fp32", "--learning-rate", 2e-2, "--schedule", "constant", "--eval-steps", 2,
-            "--save-steps", 2, "--batch-size", 4)
+# So few rows, seen so often and at such a rate, are learned by heart: the validation loss rises before the end.
+BY_HEART = ("--max-steps", 18, "--rank", 8, "--dtype", "fp32", "--learning-rate", 2e-2, "--schedule", "constant", "--warmup", 0,
+            "--eval-steps", 2, "--save-steps", 2, "--batch-size", 4, "--samples", 0)
 
 
 def metrics() -> list[dict]:
     return [json.loads(line) for line in (RUN / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def prepared_once(tiny, tmp_path_factory) -> Path:
+    """A run that is prepared; copy it, do not change it."""
+    place = tmp_path_factory.mktemp("prepared")
+    done = invoke("prepare", write_rows(place / "rows.jsonl", rows(14)), "--model", tiny, "--run", place / RUN)
+    assert done.code == 0, done.err
+    return place / RUN
+
+
+@pytest.fixture(scope="module")
+def learned_once(prepared_once, tiny, tmp_path_factory) -> tuple[Path, Result]:
+    """Such a run that is trained, to be copied, and what the command said."""
+    run = copied_run(prepared_once, tmp_path_factory.mktemp("learned"), tiny)
+    done = invoke("train", *BY_HEART, "--run", run, "--json")
+    assert done.code == 0, done.err
+    return run, done
+
+
 @pytest.fixture
-def prepared(cli, tiny, tmp_path):
-    assert cli("prepare", write_rows(tmp_path / "rows.jsonl", rows(14)), "--model", tiny).code == 0
+def prepared(prepared_once, tiny, tmp_path) -> None:
+    """A prepared run of one's own."""
+    copied_run(prepared_once, tmp_path, tiny)
+
+
+@pytest.fixture
+def learned(learned_once, tiny, tmp_path) -> Result:
+    """A trained run of one's own."""
+    copied_run(learned_once[0], tmp_path, tiny)
+    return learned_once[1]
 
 
 def lowest() -> tuple[int, dict[int, float]]:
@@ -41,27 +67,23 @@ def lowest() -> tuple[int, dict[int, float]]:
     return min((step for step in losses if step), key=losses.__getitem__), losses
 
 
-def test_the_best_adapter_stays_and_the_last_where_that_is_asked_for(cli, prepared):
-    result = cli("train", *BY_HEART, "--json")
-    assert result.code == 0, result.err
+def test_the_best_adapter_stays_and_the_last_where_that_is_asked_for(cli, learned):
     best, losses = lowest()
     last = max(losses)
     assert 0 < best < last, "the case itself: it learns by heart"
-    summary = result.json["summary"]
+    summary = learned.json["summary"]
     assert summary["kept_step"] == best and summary["eval_loss_after"] == losses[best] and summary["steps"] == last
-    assert f"the weights are those of step {best} of {last}" in result.err
-    assert re.search(r"the validation loss is .* after step [0-9]+, and was lowest after step [0-9]+", result.err)
+    assert f"the weights are those of step {best} of {last}" in learned.err
+    assert re.search(r"the validation loss is .* after step [0-9]+, and was lowest after step [0-9]+", learned.err)
     kept = load_file(ADAPTER)
     final = cli("train", *BY_HEART, "--keep", "last", "--force", "--json")
     assert final.json["summary"]["kept_step"] == last and final.json["summary"]["eval_loss_after"] == losses[last]
     assert any(not torch.equal(value, kept[name]) for name, value in load_file(ADAPTER).items())
 
 
-def test_it_is_the_adapter_of_that_step(cli, prepared):
-    flags = (*BY_HEART, "--warmup", 0, "--json", "--force")
-    best = cli("train", *flags).json["summary"]["kept_step"]
-    kept = load_file(ADAPTER)
-    result = cli("train", *flags, "--max-steps", best, "--keep", "last")
+def test_it_is_the_adapter_of_that_step(cli, learned):
+    best, kept = learned.json["summary"]["kept_step"], load_file(ADAPTER)
+    result = cli("train", *BY_HEART, "--max-steps", best, "--keep", "last", "--force", "--json")
     assert result.code == 0, result.err
     assert result.json["summary"]["steps"] == best
     ended = load_file(ADAPTER)
@@ -69,19 +91,18 @@ def test_it_is_the_adapter_of_that_step(cli, prepared):
 
 
 def test_early_stopping_ends_and_says_so(cli, prepared):
-    result = cli("train", *BY_HEART, "--early-stopping", 2, "--json")
+    flags = (*BY_HEART, "--max-steps", 40, "--early-stopping", 2)
+    result = cli("train", *flags, "--json")
     assert result.code == 0, result.err
     best, losses = lowest()
     assert sorted(losses)[-3] == best == result.json["summary"]["kept_step"], "two evaluations later"
     assert result.json["summary"]["steps"] == max(losses) == best + 4
     assert "--early-stopping 2: the training ends after step" in result.err
-    assert "up to date" in cli("train", *BY_HEART, "--early-stopping", 2).err
+    assert "up to date" in cli("train", *flags).err
 
 
-def test_an_interrupted_training_has_its_best_from_before(cli, prepared, monkeypatch):
-    whole = cli("train", *BY_HEART, "--json")
-    best, losses = lowest()
-    expected = load_file(ADAPTER)
+def test_an_interrupted_training_has_its_best_from_before(cli, learned, monkeypatch):
+    (best, _), expected = lowest(), load_file(ADAPTER)
     plain = MetricsLog.on_evaluate
 
     def stopping(self, args, state, control, metrics=None, **kwargs):
@@ -94,7 +115,7 @@ def test_an_interrupted_training_has_its_best_from_before(cli, prepared, monkeyp
     monkeypatch.setattr(MetricsLog, "on_evaluate", plain)
     result = cli("train", *BY_HEART, "--json")
     assert result.code == 0 and result.json["summary"]["resumed_from_step"] > best + 2, result.err
-    assert result.json["summary"]["kept_step"] == best == whole.json["summary"]["kept_step"]
+    assert result.json["summary"]["kept_step"] == best == learned.json["summary"]["kept_step"]
     assert all(torch.equal(value, expected[name]) for name, value in load_file(ADAPTER).items())
 
 
