@@ -26,6 +26,7 @@ from support.command import MANIFEST_SCHEMA, copied_run, invoke, write_rows
 from support.training import adapter_bytes, stop_at, stopped_at
 
 FLAGS = ("--epochs", 4, "--rank", 4, "--dtype", "fp32", "--learning-rate", 5e-3, "--samples", 0)
+SHORT = (*FLAGS, "--epochs", 1)  # three steps, the last of them on what is left of the pairs
 RUN = Path("runs/tiny-gemma")
 WORDS = ("market", "share", "profit", "price", "value", "rate", "loss", "bank", "fund", "risk", "tax", "cost", "gain", "debt")
 
@@ -98,7 +99,7 @@ def test_held_out_pairs_come_into_order(cli, prepared, flags):
 def test_a_prompt_goes_through_once_and_nothing_else_changes(cli, prepared, monkeypatch, flags, shares):
     theirs, passes = PreferenceLoss._shared, []
     monkeypatch.setattr(PreferenceLoss, "_shared", lambda self, *args: passes.append(1) or theirs(self, *args))
-    flags = (*FLAGS[2:], "--epochs", 2, *flags)
+    flags = (*SHORT, *flags)
     assert cli("train", *flags).code == 0
     assert bool(passes) == shares
     found, records = adapter(), log()
@@ -158,7 +159,7 @@ def test_judged_answers_are_learned_by_kto(cli, tiny, tmp_path):
 
 
 def test_other_methods_on_other_data(cli, tiny, data, prepared, tmp_path):
-    result = cli("train", *FLAGS, "--method", "sft", "--json")  # of pairs the chosen answers alone
+    result = cli("train", *SHORT, "--method", "sft", "--json")  # of pairs the chosen answers alone
     assert result.code == 0, result.err
     assert "rewards/margins" not in log()[-1] and result.json["summary"]["method"] == "sft"
     assert cli("prepare", data, "--model", tiny, "--run", "runs/chats").code == 0
@@ -237,7 +238,7 @@ def test_how_it_is_worked_on_changes_nothing(cli, prepared):
 
 def test_an_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, monkeypatch):
     whole = shutil.copytree(prepared, prepared.with_name("whole"))
-    flags = (*FLAGS, "--save-steps", 2, "--sft-weight", 0.2)
+    flags = (*FLAGS, "--epochs", 2, "--save-steps", 2, "--sft-weight", 0.2)
     assert cli("train", *flags, "--run", whole).code == 0
     stopped_at(5, monkeypatch, *flags, "--run", prepared)
     with monkeypatch.context() as patch:
@@ -249,7 +250,7 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(cli, prepared, monk
 
 
 def test_a_reference_that_is_gone_or_of_something_else_is_computed_again(cli, prepared, monkeypatch):
-    flags = (*FLAGS, "--save-steps", 2)
+    flags = (*FLAGS, "--max-steps", 4, "--save-steps", 2)
     stopped_at(3, monkeypatch, *flags)
     kept = (RUN / "logs/reference.safetensors").read_bytes()
     for damage in (None, b"", kept[:-8], kept[:-40] + bytes(40)):
@@ -266,9 +267,9 @@ def test_a_reference_that_is_gone_or_of_something_else_is_computed_again(cli, pr
 
 def test_it_goes_on_from_what_learned_answers(cli, prepared):
     """In one run: answers first, then which are better. The adapter of the answers stays what DPO starts from."""
-    assert cli("train", *FLAGS, "--method", "sft").code == 0
+    assert cli("train", *SHORT, "--method", "sft").code == 0
     answers = adapter_bytes(prepared)
-    result = cli("train", *FLAGS, "--method", "dpo", "--learning-rate", 1e-3, "--json")
+    result = cli("train", *SHORT, "--method", "dpo", "--learning-rate", 1e-3, "--json")
     assert result.code == 0 and "the run's adapter has learned answers, and is what is trained on" in result.err
     copy = prepared / "tiny-gemma_sft_adapter"
     assert (copy / "adapter_model.safetensors").read_bytes() == answers != adapter_bytes(prepared)
@@ -277,11 +278,11 @@ def test_it_goes_on_from_what_learned_answers(cli, prepared):
     assert record["config"]["from_adapter"]["value"] == copy.name and any(name.endswith("from_adapter_adapter_model") for name in record["inputs"])
     first = adapter_bytes(prepared)
     # Again, it starts from the same one; and answers are learned from zero again.
-    assert cli("train", *FLAGS, "--learning-rate", 1e-3, "--force").code == 0
+    assert cli("train", *SHORT, "--learning-rate", 1e-3, "--force").code == 0
     assert adapter_bytes(prepared) == first and (copy / "adapter_model.safetensors").read_bytes() == answers
-    assert cli("train", *FLAGS, "--method", "sft", "--force").code == 0
+    assert cli("train", *SHORT, "--method", "sft", "--force").code == 0
     assert adapter_bytes(prepared) == answers
-    result = cli("train", *FLAGS, "--method", "dpo", "--from-adapter", "none", "--force")
+    result = cli("train", *SHORT, "--method", "dpo", "--from-adapter", "none", "--force")
     assert result.code == 0 and "a copy stays" not in result.err
     for stage in ("merge", "chat"):
         flags = ("--no-check",) if stage == "merge" else ("--prompt", "What is a bank?", "--max-new-tokens", 4)
@@ -309,13 +310,13 @@ def test_pairs_after_an_interrupted_training_of_answers_are_learned_as_pairs(cli
 
 def test_a_learning_rate_that_was_given_for_answers_is_a_warning_for_pairs(cli, prepared):
     """It carries over as every setting does, though it is many times what pairs take."""
-    assert cli("train", *FLAGS, "--method", "sft").code == 0
+    assert cli("train", *SHORT, "--method", "sft").code == 0
     said = "the learning rate 0.005 was given for sft, and dpo goes on with it; by default dpo has 5e-05 here: `train --learning-rate 5e-05`"
     kept = cli("train", "--method", "dpo", "--dry-run", "--json")
     assert kept.json["learning_rate"] == 5e-3 and said in kept.json["warnings"], kept.err
     for flags in (("--method", "dpo", "--learning-rate", 5e-3), ("--method", "dpo", "--learning-rate", 5e-5), ()):
         assert "was given for" not in cli("train", *flags, "--dry-run").err, "it is given now, or learns as before"
-    assert cli("train", *FLAGS, "--method", "dpo").code == 0
+    assert cli("train", *SHORT, "--method", "dpo").code == 0
     assert "was given for dpo, and sft goes on with it" in cli("train", "--method", "sft", "--dry-run").err
     assert "was given for" not in cli("train", "--method", "orpo", "--dry-run").err
 
@@ -383,10 +384,10 @@ def test_two_processes_learn_the_same(cli, prepared, forks, method, strategy):
 
 
 def test_dry_run_shows_pairs_and_writes_nothing(cli, prepared):
-    assert cli("train", *FLAGS, "--method", "sft").code == 0
+    assert cli("train", *SHORT, "--method", "sft").code == 0
     before = sorted(path.as_posix() for path in RUN.rglob("*"))
     result = cli("train", "--method", "dpo", "--dry-run", "--json")
-    assert result.code == 0 and result.json["sequences"] == 10 and result.json["steps"] == 12, result.err
+    assert result.code == 0 and result.json["sequences"] == 10 and result.json["steps"] == 3, result.err
     assert sorted(path.as_posix() for path in RUN.rglob("*")) == before
 
 
