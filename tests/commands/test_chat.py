@@ -906,15 +906,19 @@ def test_sigterm_ends_with_its_code_also_when_the_load_ends_meanwhile(monkeypatc
 
 
 @pytest.fixture
-def terminal():
-    """A function: start ``gemma-tune chat`` with these options in a pseudo-terminal."""
+def terminal(request):
+    """A function: start ``gemma-tune chat`` with these options in a pseudo-terminal; with ``fresh`` in an interpreter of its
+    own, which makes of the environment what it does."""
     pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals are not for Windows")
     started = []
 
-    def start(*options, **environment):
-        child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "chat", *map(str, options), *FP32],
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, encoding="utf-8", timeout=90,
-                              echo=False, dimensions=(50, 200))
+    def start(*options, fresh=False, **environment):
+        command, environment = ("chat", *map(str, options), *FP32), {"OMP_NUM_THREADS": "1", **environment}
+        if fresh:
+            child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", *command], env={**os.environ, **environment},
+                                  encoding="utf-8", timeout=90, echo=False, dimensions=(50, 200))
+        else:
+            child = request.getfixturevalue("forks").terminal(*command, timeout=90, echo=False, dimensions=(50, 200), **environment)
         child.delaybeforesend = 0
         started.append(child)
         return child
@@ -964,7 +968,7 @@ def test_a_conversation_in_a_terminal(terminal, fluent):
 
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
 def test_a_typed_byte_does_not_end_the_chat(terminal, fluent, locale):
-    child = terminal("--run", fluent, TERM="dumb", **locale)
+    child = terminal("--run", fluent, TERM="dumb", fresh=True, **locale)
     child.expect_exact("/help lists commands")
     child.expect_exact("\n> ")
     time.sleep(0.3)  # the line editor is at work now, which sees every key

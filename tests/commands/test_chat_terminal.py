@@ -16,21 +16,25 @@ QUESTION, ANSWER = "Say number 3.", "The number is 3, no more."
 
 
 @pytest.fixture
-def terminal(tmp_path):
-    """A function: start ``gemma-tune chat`` with these options in a pseudo-terminal with an editor."""
+def terminal(tmp_path, request):
+    """A function: start ``gemma-tune chat`` with these options in a pseudo-terminal with an editor; with ``fresh`` in an
+    interpreter that has yet to import the libraries."""
     pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals are not for Windows")
     started = []
 
-    def start(*options, history=""):
+    def start(*options, history="", fresh=False):
         if history:
             (tmp_path / "c").mkdir()
             (tmp_path / "c" / "chat_history").write_text(history)
-        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        environment = {**inherited, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "GEMMA_TUNE_CACHE": str(tmp_path / "c"),
-                       "PROMPT_TOOLKIT_NO_CPR": "1"}
-        child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "chat", *map(str, options), "--dtype", "fp32"],
-                              env=environment, encoding="utf-8", timeout=290, dimensions=(40, 100))
-        child.delaybeforesend = 0.05
+        changed = {"COLUMNS": None, "LINES": None, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color",
+                   "GEMMA_TUNE_CACHE": str(tmp_path / "c"), "PROMPT_TOOLKIT_NO_CPR": "1"}
+        command = ("chat", *map(str, options), "--dtype", "fp32")
+        if fresh:
+            environment = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
+            child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", *command], env=environment, encoding="utf-8", timeout=290,
+                                  dimensions=(40, 100))
+        else:
+            child = request.getfixturevalue("forks").terminal(*command, timeout=290, dimensions=(40, 100), **changed)
         started.append(child)
         child.expect_exact("/help")
         child.expect_exact("\x1b[?2004h")  # the editor is ready
@@ -55,7 +59,7 @@ def left(child) -> None:
 
 @pytest.mark.parametrize("at", ["loading", "the prompt", "an answer"])
 def test_sigterm_ends_the_chat_and_not_an_answer_alone(terminal, fluent, at):
-    child = terminal("--run", fluent, "--base", "-n", 3)
+    child = terminal("--run", fluent, "--base", "-n", 3, fresh=at == "loading")
     if at != "loading":
         enter(child, QUESTION)
         child.expect_exact("cut off after 3 tokens")
@@ -158,7 +162,7 @@ def test_a_conversation_with_all_that_can_be_done_in_it(terminal, fluent):
 
 @pytest.mark.timeout(900)
 def test_what_is_typed_during_an_answer_waits_and_ctrl_c_stops_it(terminal, fluent):
-    child = terminal("--run", fluent, "--base", "-n", 900)
+    child = terminal("--run", fluent, "--base", "-n", 900, fresh=True)
     seen: list[str] = []
     enter(child, "fox")
     child.expect(r"\w{3}")  # it has begun

@@ -580,16 +580,12 @@ def test_dtype_is_chosen_by_measurement_and_fp16_only_when_asked(monkeypatch):
         models.choose_placement("fp16")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a terminal")
-def test_live_progress_on_a_terminal(prepared):
-    import pexpect
-
-    child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "train", *map(str, LONG), "--run", str(prepared)],
-                          timeout=120, encoding="utf-8", dimensions=(30, 120),
-                          env={**os.environ, "TERM": "xterm-256color"})
+def test_live_progress_on_a_terminal(prepared, forks):
+    child = forks.terminal("train", *LONG, "--run", prepared, timeout=120, dimensions=(30, 120), TERM="xterm-256color")
     child.expect(r"training.*\d+/18.*loss \d\.\d+.*tok/s")
     child.expect("train: done")
-    child.expect(pexpect.EOF)
+    child.read()
+    child.close()
 
 
 def test_a_training_that_was_killed_after_its_last_step_is_finished_without_another(cli, prepared, monkeypatch):
@@ -933,18 +929,15 @@ def test_an_adapter_that_took_long_is_not_replaced_unasked(cli, trained):
     assert cli("train", "--rank", 8, "--force").code == 0 and adapter_bytes(trained) != before
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a terminal")
 @pytest.mark.parametrize(("answer", "replaced"), [("y", True), ("", False)])
-def test_on_a_terminal_it_is_asked(trained, answer, replaced):
-    import pexpect
-
+def test_on_a_terminal_it_is_asked(trained, forks, answer, replaced):
     took(trained, 3600)
     before = adapter_bytes(trained)
-    child = pexpect.spawn(sys.executable, ["-m", "gemma_tune", "train", "--rank", "8", "--run", str(trained)],
-                          timeout=120, encoding="utf-8", dimensions=(30, 200))
+    child = forks.terminal("train", "--rank", 8, "--run", trained, timeout=120, dimensions=(30, 200))
     child.expect(r"replace it \(rank: 4 -> 8\)\? \[y/N\]")
     child.sendline(answer)
-    child.expect(pexpect.EOF)
+    child.read()
+    child.wait()
     child.close()
     assert child.exitstatus == (0 if replaced else 2)
     assert (adapter_bytes(trained) != before) == replaced

@@ -8,6 +8,7 @@ and has no thread, which would not come along. That a fresh interpreter finds al
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -15,12 +16,18 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 from support.command import ROOT, Result
+
+try:
+    from pexpect import fdpexpect
+except ImportError:  # pseudo-terminals are not for Windows
+    fdpexpect = None
 
 
 class Forked:
@@ -48,6 +55,45 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+class Terminal(fdpexpect.fdspawn if fdpexpect else object):
+    """Of ``pexpect.spawn`` what is used here, of a command that :meth:`Forks.terminal` started."""
+
+    delaybeforesend = 0.05
+
+    def __init__(self, forks: Forks, fd: int, timeout: float):
+        super().__init__(fd, encoding="utf-8", timeout=timeout)
+        self._forks, self._process = forks, forks._pid
+        self.exitstatus: int | None = None
+        self.signalstatus: int | None = None
+
+    def send(self, text: str) -> int:
+        time.sleep(self.delaybeforesend)
+        return super().send(text)
+
+    def sendintr(self) -> None:
+        """Ctrl-C."""
+        self.send("\x03")
+
+    def sendeof(self) -> None:
+        """Ctrl-D."""
+        self.send("\x04")
+
+    def kill(self, number: int) -> None:
+        os.kill(self._process, number)
+
+    def wait(self) -> None:
+        code = self._forks.result().code
+        self.exitstatus, self.signalstatus = (code, None) if code >= 0 else (None, -code)
+
+    def close(self, force: bool = True) -> None:
+        """Close the terminal, and end what still runs there."""
+        if self.exitstatus is self.signalstatus is None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                self.kill(signal.SIGKILL)
+            self.wait()
+        super().close()
 
 
 def _become(arguments: list[str], environment: dict[str, str]) -> None:
@@ -93,16 +139,35 @@ class Forks:
 
     def start(self, *arguments: object, **environment: object) -> int:
         """Start ``gemma-tune`` here, with this environment and what is given of it: its process id, and see :meth:`result`.
-        ``AT_THE_START`` is Python that each of its processes runs before anything else."""
+        Variables that are None are left out. ``AT_THE_START`` is Python that each of its processes runs before anything else."""
+        with open(self._folder / "out", "wb") as out, open(self._folder / "err", "wb") as err:
+            return self._start(arguments, environment, out.fileno(), err.fileno())
+
+    def terminal(self, *arguments: object, dimensions: tuple[int, int], timeout: float, echo: bool = True,
+                 **environment: object) -> Terminal:
+        """Start it in a pseudo-terminal of so many rows and columns, as its controlling one: what ``pexpect.spawn`` does."""
+        import termios
+
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, dimensions)
+        if not echo:
+            modes = termios.tcgetattr(theirs)
+            modes[3] &= ~termios.ECHO
+            termios.tcsetattr(theirs, termios.TCSANOW, modes)
+        self._start(arguments, environment, theirs, theirs)
+        os.close(theirs)
+        return Terminal(self, ours, timeout)
+
+    def _start(self, arguments: tuple[object, ...], environment: dict[str, object], out: int, err: int) -> int:
         if self._pid:  # of a test that failed before it asked
             os.kill(self._pid, signal.SIGKILL)
             self.result()
+        changed = dict(os.environ) | {name: value if value is None else str(value) for name, value in environment.items()}
         (self._folder / "request").write_text(json.dumps({
             "arguments": [*map(str, arguments)], "folder": os.getcwd(),
-            "environment": dict(os.environ) | {name: str(value) for name, value in environment.items()}}))
+            "environment": {name: value for name, value in changed.items() if value is not None}}))
         self._alive, held = os.pipe()
-        with open(self._folder / "out", "wb") as out, open(self._folder / "err", "wb") as err:
-            socket.send_fds(self._connection, [bytes(self._folder / "request")], [out.fileno(), err.fileno(), held])
+        socket.send_fds(self._connection, [bytes(self._folder / "request")], [out, err, held])
         os.close(held)
         self._pid = int(self._answers.readline())
         return self._pid
@@ -112,7 +177,8 @@ class Forks:
         code, self._pid = int(self._answers.readline()), 0
         with open(self._alive, "rb") as until_all_have_ended:
             until_all_have_ended.read()
-        return Result(code, *((self._folder / name).read_text() for name in ("out", "err")))
+        files = (self._folder / name for name in ("out", "err"))
+        return Result(code, *(file.read_text() if file.exists() else "" for file in files))
 
     def run(self, *arguments: object, **environment: object) -> Result:
         """Start it, and wait for its end."""
@@ -124,6 +190,15 @@ class Forks:
         self._connection.close()
         self._process.wait(60)
         self._temporary.cleanup()
+
+
+def _sit_at(terminal: int) -> None:
+    """Have it as the controlling terminal, and the streams that an interpreter opens on one."""
+    os.login_tty(terminal)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        stream = os.fdopen(number, mode, buffering=1, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def _serve(connection: socket.socket) -> None:
@@ -139,6 +214,8 @@ def _serve(connection: socket.socket) -> None:
             connection.close()
             for to, descriptor in enumerate(descriptors[:2], 1):  # the third one stays open, with whoever is forked
                 os.dup2(descriptor, to)
+            if os.isatty(1):
+                _sit_at(descriptors[0])
             os.chdir(request["folder"])
             _become(request["arguments"], request["environment"])
         for descriptor in descriptors:
