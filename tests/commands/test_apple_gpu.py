@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -23,17 +24,15 @@ PAIRS = [{"prompt": f"Say number {n}.", "chosen": f"{n}.", "rejected": f"Well, {
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return apple_gpu.build(tmp_path_factory.mktemp("apple"))
+def mac(tmp_path_factory):
+    with contextlib.closing(apple_gpu.Mac(apple_gpu.build(tmp_path_factory.mktemp("apple")))) as mac:
+        yield mac
 
 
-def test_the_double_refuses_what_a_mac_refuses(library):
+def test_the_double_refuses_what_a_mac_refuses(mac):
     """Of four lines the first one is computed; the others are an operator without a kernel, float64 and two devices."""
-    code = f"""
+    said = mac.prints("""
 import torch
-from pathlib import Path
-from support.apple_gpu import install, leave
-install(Path({str(library)!r}))
 x = torch.arange(12.0, device="mps").view(3, 4).requires_grad_()
 for work in (lambda: (x.T[1] @ x).sum().backward() or x.grad.tolist(), lambda: torch.segment_reduce(x[0], "sum", lengths=x[0].long()),
              lambda: x.double(), lambda: x @ torch.ones(4, 4)):
@@ -41,9 +40,7 @@ for work in (lambda: (x.T[1] @ x).sum().backward() or x.grad.tolist(), lambda: t
         print(work())
     except Exception as e:
         print(type(e).__name__, str(e).splitlines()[0])
-leave()
-"""
-    said = apple_gpu.in_a_process("-c", code).splitlines()
+""")
     x = torch.arange(12.0).view(3, 4).requires_grad_()
     (x.T[1] @ x).sum().backward()
     assert said[0] == str(x.grad.tolist())
@@ -67,7 +64,7 @@ def prepared(cli, tmp_path):
         assert cli("prepare", write_rows(tmp_path / f"{name}.jsonl", data), "--model", base, "--run", name).code == 0
 
 
-def test_training_and_answering_need_what_is_there(library, prepared):
+def test_training_and_answering_need_what_is_there(mac, prepared):
     """Adapters of each kind, checkpoints of activations, each way to learn from pairs, experts; answers one by one and in
     batches."""
     commands = [("train", "--run", "sft", *FLAGS),  # in bf16, which is chosen there
@@ -82,7 +79,7 @@ def test_training_and_answering_need_what_is_there(library, prepared):
                 *(("train", "--run", "pairs", "--force", "--method", method, *FLAGS) for method in ("dpo", "orpo", "kto")),
                 ("train", "--run", "experts", "--target-modules", "all,experts", *FLAGS),
                 ("chat", "--run", "experts", "--prompt", "Say number 3.", "-n", 8, "--json")]
-    found = apple_gpu.results(library, commands)
+    found = mac.results(commands)
     for command, result in zip(commands, found):
         assert result["code"] == 0, (command, result["err"])
     assert '"device": "mps"' in found[0]["out"] and '"dtype": "bf16"' in found[0]["out"]
@@ -96,38 +93,33 @@ def steps_as_one(run: str) -> bool:
     return bool(saved["param_groups"][0]["fused"])
 
 
-def test_a_training_goes_on_there_with_the_masks_that_it_would_have_had(library, prepared):
+def test_a_training_goes_on_there_with_the_masks_that_it_would_have_had(mac, prepared):
     shutil.copytree("sft", "whole")
     steady = ("--schedule", "constant", "--warmup", 0, "--dropout", 0.3)
     commands = [("train", "--run", "sft", *FLAGS, *steady, "--max-steps", 2),
                 ("train", "--run", "sft", "--continue", "--max-steps", 4, "--quiet"),
                 ("train", "--run", "whole", *FLAGS, *steady)]
-    for command, result in zip(commands, apple_gpu.results(library, commands)):
+    for command, result in zip(commands, mac.results(commands)):
         assert result["code"] == 0, (command, result["err"])
     sft, whole = (Path(run, "base_lora_adapter", "adapter_model.safetensors").read_bytes() for run in ("sft", "whole"))
     assert sft == whole
 
 
-def test_the_time_of_the_longest_batch_is_told_when_it_is_done(library, prepared):
+def test_the_time_of_the_longest_batch_is_told_when_it_is_done(mac, prepared):
     """What is computed there is only begun when Python goes on."""
     code = f"""
-import torch
-from pathlib import Path
-from support.apple_gpu import install, leave
+from unittest import mock
 from support.command import invoke
-install(Path({str(library)!r}))
-waited = []
-torch.mps.synchronize = lambda: waited.append(1)
-assert invoke("train", "--run", "sft", *{FLAGS}, "--max-steps", 1).code == 0
-print(len(waited))
-leave()
+with mock.patch("torch.mps.synchronize") as wait:
+    assert invoke("train", "--run", "sft", *{FLAGS}, "--max-steps", 1).code == 0
+print(wait.call_count)
 """
-    assert apple_gpu.in_a_process("-c", code).splitlines()[-1] == "1"
+    assert mac.prints(code)[-1] == "1"
 
 
-def test_it_learns_there_what_it_learns_on_a_cpu(cli, library, prepared, monkeypatch):
+def test_it_learns_there_what_it_learns_on_a_cpu(cli, mac, prepared, monkeypatch):
     command = ("train", "--run", "sft", "--dtype", "fp32", *FLAGS)
-    [there] = apple_gpu.results(library, [command])
+    [there] = mac.results([command])
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     here = cli(*command, "--force").json["summary"]
     summary = json.loads(there["out"])["summary"]

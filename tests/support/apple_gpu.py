@@ -7,12 +7,15 @@ compute wrongly, or in which types they do not compute, it does not know.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +26,7 @@ import torch
 # What `apple_gpu.cpp` has by itself. Of the last two the CPU has no derivative; there they are made of other operators.
 _OWN = {"empty.memory_format", "empty_strided", "resize_", "set_.source_Storage", "set_.source_Storage_storage_offset",
         "_scaled_dot_product_attention_math_for_mps", "linear", "linear.out"}
+_ANSWER = "answer: "
 _BESIDES = ("copy_",)  # which the file does not name: PyTorch's one for all devices calls Apple's
 
 
@@ -59,28 +63,59 @@ def install(library: Path) -> None:
         double.has_kernel(name.encode())
 
 
-def leave() -> None:
-    """End the process, whose thread for the device's derivatives does not end by itself."""
-    sys.stdout.flush()
-    os._exit(0)
+class Mac:
+    """A process with such a GPU, which does one thing after the other, each time in the working directory and with the
+    environment of whoever asks."""
+
+    def __init__(self, library: Path):
+        tests = Path(__file__).parents[1]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "support.apple_gpu", library], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"})
+
+    def results(self, commands: Sequence[Sequence[object]]) -> list[dict[str, Any]]:
+        """What commands do on it, one after the other: their ``code``, ``out`` and ``err``."""
+        return self._answer(commands=[[str(a) for a in command] for command in commands])
+
+    def prints(self, code: str) -> list[str]:
+        """The lines that Python prints there."""
+        return self._answer(code=code).splitlines()
+
+    def _answer(self, **asked: Any) -> Any:
+        self._process.stdin.write(json.dumps(asked | {"folder": os.getcwd(), "environment": dict(os.environ)}) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                answer, failed = json.loads(line.removeprefix(_ANSWER))
+                assert not failed, failed
+                return answer
+        raise AssertionError(f"it ended: {self._process.wait()}")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._process.stdout.close()
 
 
-def results(library: Path, commands: Sequence[Sequence[object]]) -> list[dict[str, Any]]:
-    """What commands do on it, one after the other: their ``code``, ``out`` and ``err``."""
-    said = in_a_process("-m", "support.apple_gpu", library, given=json.dumps([[str(a) for a in c] for c in commands]))
-    return json.loads(said.splitlines()[-1])
+def _done(asked: dict[str, Any]) -> tuple[Any, str]:
+    """The answer, and what failed."""
+    from support.command import invoke
 
-
-def in_a_process(*arguments: object, given: str = "") -> str:
-    """What Python prints with such arguments, in a process that finds these tests."""
-    tests = Path(__file__).parents[1]
-    return subprocess.run([sys.executable, *map(str, arguments)], check=True, text=True, stdout=subprocess.PIPE, input=given,
-                          env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}).stdout
+    try:
+        if "code" not in asked:
+            return [asdict(invoke(*command)) for command in asked["commands"]], ""
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(asked["code"], {})
+        return said.getvalue(), ""
+    except Exception:  # the process has other tests to serve
+        return None, traceback.format_exc()
 
 
 if __name__ == "__main__":
-    from support.command import invoke
-
     install(Path(sys.argv[1]))
-    print(json.dumps([asdict(invoke(*command)) for command in json.load(sys.stdin)]))
-    leave()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        os.chdir(asked["folder"])
+        os.environ.update({name: value for name, value in asked["environment"].items() if name != "PYTHONPATH"})
+        print(f"\n{_ANSWER}{json.dumps(_done(asked))}", flush=True)
+    os._exit(0)  # the thread for the device's derivatives does not end by itself
