@@ -24,6 +24,8 @@ from gguf import Keys, TokenType
 from gemma_tune.gguf.reader import read_gguf_metadata
 from gemma_tune.gguf.vocabulary.parts import SPACE, halves
 
+# Plain numbers: to look an enumeration's up for each of 262,144 tokens takes longer than all else here.
+_NORMAL, _USER_DEFINED = int(TokenType.NORMAL), int(TokenType.USER_DEFINED)
 FIRST = 1.0  # the score of runs that Hugging Face finds in the text; of those that it merges, 1 - length/1000
 _PER_LENGTH = 1000
 _TAKES_MORE = ("lstrip", "rstrip", "single_word")  # of the text around an added token
@@ -43,7 +45,7 @@ def merged_runs(tokens: Sequence[str], types: Sequence[int], scores: Sequence[fl
         would be cut in another way: when lengths are missing, when other tokens hold the character and are looked for
         in the text, when other pieces merge first.
     """
-    if any(score > 0 for score, kind in zip(scores, types, strict=True) if kind == TokenType.NORMAL):
+    if any(score > 0 and kind == _NORMAL for score, kind in zip(scores, types, strict=True)):
         return {}
     found = {}
     for character, ids in _user_defined_runs(tokens, types).items():
@@ -69,7 +71,7 @@ def runs_in_gguf(tokens: Iterable[bytes], types: Iterable[int], scores: Iterable
     """
     found = {i: (raw.decode("utf-8", errors="replace"), score == FIRST)
              for i, (raw, kind, score) in enumerate(zip(tokens, types, scores, strict=True))
-             if kind == TokenType.NORMAL and score > 0}
+             if score > 0 and kind == _NORMAL}
     return found if all(_is_run(text) for text, _ in found.values()) else {}
 
 
@@ -77,7 +79,7 @@ def looks_for_spaces(gguf: Path) -> bool:
     """Whether a GGUF's SentencePiece vocabulary has user-defined runs of spaces, as from llama.cpp's converter."""
     keys = (Keys.Tokenizer.MODEL, Keys.Tokenizer.LIST, Keys.Tokenizer.TOKEN_TYPE)
     model, tokens, types = map(read_gguf_metadata(gguf, keys).get, keys)
-    return model == "llama" and any(kind == TokenType.USER_DEFINED and len(text) > 1 and not text.strip(b" ")
+    return model == "llama" and any(kind == _USER_DEFINED and len(text) > 1 and not text.strip(b" ")
                                     for text, kind in zip(tokens, types, strict=True))
 
 
@@ -89,7 +91,7 @@ def _user_defined_runs(tokens: Sequence[str], types: Sequence[int]) -> dict[str,
     """White space character → length of a run of it → id."""
     runs: dict[str, dict[int, int]] = defaultdict(dict)
     for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind == TokenType.USER_DEFINED and _is_run(text):
+        if kind == _USER_DEFINED and _is_run(text):
             runs[text[0]][len(text)] = i
     return runs
 
@@ -111,7 +113,7 @@ def _alone(character: str, ids: Mapping[int, int], tokens: Sequence[str], types:
     piece, own = character.replace(" ", SPACE), set(ids.values())
     taken = piece * min(ids)
     holding = [i for i, text in enumerate(tokens) if piece in text or character in text]  # few of a great many
-    return not any(taken in tokens[i] if types[i] == TokenType.NORMAL else character in tokens[i].replace(SPACE, " ")
+    return not any(taken in tokens[i] if types[i] == _NORMAL else character in tokens[i].replace(SPACE, " ")
                    for i in holding if i not in own)
 
 
