@@ -21,7 +21,7 @@ from gemma_tune.gguf.architectures.experts import columns_of, in_model
 from gemma_tune.gguf.architectures.parts import Architecture, TensorSpec
 from gemma_tune.gguf.experts import together
 from gemma_tune.gguf.reader import GgufFile
-from gemma_tune.measure.likelihood import Wanted, logits_of, positions_at_a_time
+from gemma_tune.measure.likelihood import Wanted, logits_of, positions_at_a_time, to_log_probabilities
 from gemma_tune.models.placement import wide
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _predictions(model: Any, rows: Sequence[Wanted]) -> Iterable[tuple[torch.Ten
     hidden, labels = torch.cat(found), torch.from_numpy(np.concatenate([row.labels for row in rows])).to(model.device)
     step = positions_at_a_time(model)
     for start in range(0, len(hidden), step):
-        yield torch.log_softmax(logits_of(model, hidden[start:start + step]), 1), labels[start:start + step]
+        yield to_log_probabilities(logits_of(model, hidden[start:start + step])), labels[start:start + step]
 
 
 def _weights(model: Any, architecture: Architecture) -> dict[str, torch.Tensor | Sequence[torch.Tensor]]:

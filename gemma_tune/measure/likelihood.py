@@ -127,6 +127,14 @@ def logits_of(model: Any, states: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def to_log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Of logits (n, vocabulary), which are given away: a CPU writes over them, as to get so much memory anew takes
+    twice as long as to work them out."""
+    import torch
+
+    return torch.log_softmax(logits, 1, out=logits if logits.device.type == "cpu" else None)
+
+
 def positions_at_a_time(model: Any) -> int:
     """For how many positions logits are made at once."""
     return max(1, _LOGITS // model.get_output_embeddings().weight.shape[0])
@@ -196,6 +204,6 @@ def _summed(model: Any, parts: Sequence[torch.Tensor], rows: Sequence[Wanted], t
     for start in range(0, len(together), step):
         part = together[start:start + step]
         logits = logits_of(model, part) if through_head else part
-        nats.append(-wide(torch.log_softmax(logits, 1).gather(1, labels[start:start + step, None])[:, 0]).cpu())
+        nats.append(-wide(to_log_probabilities(logits).gather(1, labels[start:start + step, None])[:, 0]).cpu())
     ends = np.cumsum([len(row.at) for row in rows])
     return np.add.reduceat(torch.cat(nats).numpy(), [0, *ends[:-1]])
