@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from gemma_tune.answers import decoding
+from gemma_tune.answers.head import head_in_parts
 from gemma_tune.answers.sampling import sampling_arguments
 from gemma_tune.answers.sight import Sights, beside, told_apart
 from gemma_tune.base.errors import UserError
@@ -110,9 +111,10 @@ def continuations(model: Any, chat: ChatFormat, encoded: Sequence[list[int]], ma
                 groups = list(decoding.decoded(model, ids, mask, stop_ids=chat.stop_ids, pad=pad, limit=limit,
                                                arguments=arguments, every=READ_EVERY, beside=look, known=known))
                 return [answer_of(chat, row) for row in joined(groups)]
-        out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
-                             max_new_tokens=limit, max_time=seconds, logits_processor=finite_logits(model),
-                             **arguments, **shown)
+        with head_in_parts(model):
+            out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=chat.stop_ids,
+                                 max_new_tokens=limit, max_time=seconds, logits_processor=finite_logits(model),
+                                 **arguments, **shown)
     return [answer_of(chat, row[width:].tolist()) for row in out]
 
 
