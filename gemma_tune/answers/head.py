@@ -19,14 +19,14 @@ MOST = 16  # rows; more are worth laying out the matrix as a whole, and a single
 def head_in_parts(model: Any) -> Iterator[None]:
     """While the context lasts, let a model on a CPU multiply its head with a few rows part by part.
 
-    What is no plain matrix in fp32, as one with an adapter on it or in 4 bits, is left as it is.
+    What is no plain matrix in fp32, as one with an adapter on it, or in 4 or 16 bits, is left as it is.
     """
     import torch
 
     head = model.get_output_embeddings()
-    if (type(head) is not torch.nn.Linear or "forward" in vars(head) or head.bias is not None
-            or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32 or len(head.weight) <= ENTRIES
-            or not torch.backends.mkl.is_available()):
+    if (type(head) is not torch.nn.Linear or type(head.weight) is not torch.nn.Parameter or "forward" in vars(head)
+            or head.bias is not None or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32
+            or len(head.weight) <= ENTRIES or not torch.backends.mkl.is_available()):
         yield
         return
     plain = head.forward
