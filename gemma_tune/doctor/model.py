@@ -23,6 +23,7 @@ from gemma_tune.train.memory import choose
 from gemma_tune.train.shape import shape_of
 
 if TYPE_CHECKING:
+    from gemma_tune.train.memory import BatchChoice
     from gemma_tune.train.shape import ModelShape
 
 LENGTHS = (2048, 1024, 512, 256)  # tokens of the longest row; the first is the limit of `prepare`
@@ -78,8 +79,14 @@ def fits_memory(needs: Needs) -> Iterator[Finding]:
     placement = choose_placement("auto")
     room = available(placement.device)
     config = replace(TrainConfig(), qlora=quantisation(needs.model.config) is not None)
-    tried = [(length, choose(needs.shape, config, length, placement.device, room)) for length in LENGTHS]
-    fitting = [(length, choice) for length, choice in tried if choice.fits]
+
+    def tried(length: int) -> BatchChoice:
+        choice = choose(needs.shape, config, length, placement.device, room)
+        if choice.fits or placement.instead is None:
+            return choice
+        return choose(replace(needs.shape, narrow=True), config, length, placement.device, room)
+
+    fitting = [(length, choice) for length in LENGTHS if (choice := tried(length)).fits]
     where = f"of {gigabytes(room)} available on {placement.device}"
     if fitting:
         length, choice = fitting[0]
@@ -91,7 +98,7 @@ def fits_memory(needs: Needs) -> Iterator[Finding]:
             yield Finding("memory", LOOK, f"{found}; longer rows do not fit",
                           f"gemma-tune prepare --max-length {length}, or close other programs")
         return
-    least = tried[-1][1].memory.total
+    least = tried(LENGTHS[-1]).memory.total
     packed = choose(needs.shape, replace(config, qlora=True), LENGTHS[-1], placement.device, room)
     found = f"training takes at least {gigabytes(least)} {where}, of which {USABLE:.0%} may be used"
     if packed.fits and placement.device != "mps":

@@ -130,7 +130,7 @@ def estimate(shape: ModelShape, micro_batch: int, longest: int, *, checkpointing
     if four_bit:
         weights -= round(shape.linear * (shape.item - NF4_BYTES)) - shape.hidden * shape.widest * shape.item
     if shape.narrow:
-        narrow = max(0, shape.narrow - shape.linear) if four_bit else shape.narrow
+        narrow = max(0, shape.large - shape.linear) if four_bit else shape.large
         place = min(PLACE, max(shape.head, shape.hidden * shape.widest))
         weights -= narrow * (shape.item - 2) - place * shape.item
     logits = LOGITS_ON_GPU if device == "cuda" else LOGITS

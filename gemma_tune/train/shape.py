@@ -50,7 +50,8 @@ class ModelShape:
         layers: blocks of the text model.
         attention: query heads x their width.
         item: bytes of a number in the compute type.
-        narrow: numbers of the base that are kept in 2 bytes, and widened for their products.
+        large: numbers of the base in weights that can be kept narrow.
+        narrow: whether they are, in 2 bytes each, and widened for their products.
         kept: bytes that autograd keeps for the backward pass, head excluded, of so many rows of so many tokens.
         whole: numbers of the modules that are trained as a whole, which are among those of the adapter.
         resting: those of them that the base's own modules have on the disk alone while steps are made, see
@@ -84,7 +85,8 @@ class ModelShape:
     whole_active: int = 0
     modules: int = 0
     cached: int = 0
-    narrow: int = 0
+    large: int = 0
+    narrow: bool = False
     head_trained: bool = False
     model: Any = field(default=None, compare=False, repr=False)
 
@@ -139,7 +141,7 @@ def shape_of(checkpoint: Path, config: TrainConfig, dtype: torch.dtype, start: A
         attention=_attention_width(text_config),
         item=dtype.itemsize, kept=_counter(with_adapter, through, torch.device(device)),
         cached=keys_of_a_token(text_config) if config.method == "grpo" else 0,
-        narrow=large if narrow else 0,
+        large=large, narrow=narrow,
         whole=in_whole, resting=sum(p.numel() for module in whole for p in module.parameters() if p.ndim > 1),
         begun=in_whole if start else 0,
         whole_active=sum(module.weight.numel() for module in matrices), modules=len(whole),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,13 @@ from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.doctor import around, compute, examination, finding, libraries, model
 from gemma_tune.hub import access
+from gemma_tune.models import placement
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import locate
+from gemma_tune.train import memory
 from support.command import ROOT
 from support.hub import LoopbackHub
+from support.narrow import without_instructions
 from support.ollama import LoopbackOllama
 
 ID, GOOD, OTHER = "google/tiny-gemma", "hf_" + "G" * 34, "hf_" + "O" * 34
@@ -165,6 +169,21 @@ def test_shorter_rows_that_fit_are_named(needs, monkeypatch):
     monkeypatch.setattr(model, "available", lambda device: int((takes[1024] + takes[2048]) / 2 / model.USABLE))
     [found] = model.fits_memory(needs)
     assert found.state == "look" and "gemma-tune prepare --max-length 1024" in found.mend
+
+
+def test_weights_in_bf16_are_counted_on_where_fp32_does_not_fit(needs, monkeypatch):
+    without_instructions(monkeypatch)
+    monkeypatch.setattr(memory, "PLACE", 1)
+    wide, kept = (model.choose(replace(needs.shape, item=4, large=needs.shape.parameters, narrow=narrow), TrainConfig(micro_batch=1,
+                  activation_checkpointing=True), model.LENGTHS[-1], "cpu", 1).memory.total for narrow in (False, True))
+    assert kept < wide
+    fp32 = model.Needs(needs.model, replace(needs.shape, item=4, large=needs.shape.parameters))
+    monkeypatch.setattr(model, "available", lambda device: int((wide + kept) / 2 / model.USABLE))
+    [found] = model.fits_memory(fp32)
+    assert found.state == "look" and "1 x 256 tokens at once, recomputed" in found.found
+    monkeypatch.setattr(placement, "bf16_instructions", lambda: None)
+    monkeypatch.setattr(placement, "bf16_speed", lambda: 0.1)
+    assert "training takes at least" in next(model.fits_memory(fp32)).found
 
 
 def test_a_full_disk_is_broken(needs, monkeypatch):

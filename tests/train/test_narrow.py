@@ -135,13 +135,13 @@ def test_the_estimate_of_such_weights(tiny, monkeypatch):
     wide = shape_of(tiny, config, torch.float32)
     kept = shape_of(tiny, config, torch.float32, narrow=True)
     vectors = sum(p.numel() for p in wide.model.get_base_model().parameters() if p.ndim == 1)
-    assert 0 < vectors < 1000 and kept.narrow == kept.parameters - vectors and replace(kept, narrow=0) == replace(
+    assert 0 < vectors < 1000 and kept.large == kept.parameters - vectors and replace(kept, narrow=False) == replace(
         wide, kept=kept.kept)
     found, four_bit, plain = (estimate(shape, 1, 64, checkpointing=False, four_bit=packed, device="cpu")
                               for shape, packed in ((kept, False), (kept, True), (wide, False)))
-    assert found.weights == 2 * kept.narrow + 4 * vectors + 4 * 1000
+    assert found.weights == 2 * kept.large + 4 * vectors + 4 * 1000
     assert replace(found, weights=0) == replace(plain, weights=0)
-    assert four_bit.weights == pytest.approx(4.127 / 8 * kept.linear + 2 * (kept.narrow - kept.linear) + 4 * vectors
+    assert four_bit.weights == pytest.approx(4.127 / 8 * kept.linear + 2 * (kept.large - kept.linear) + 4 * vectors
                                              + 4 * (1000 + 64 * 128), abs=2)
 
 
