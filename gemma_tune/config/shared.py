@@ -15,7 +15,8 @@ LARGEST_SEED = 2**32 - 1  # what NumPy's generator takes, which a training seeds
 def dtype_option() -> Any:
     """The compute type, which every stage that runs a model takes."""
     return option("auto", "Compute type of the base model; `auto` takes bf16 where the device has instructions for it, "
-                          "else fp32, and never fp16.", choices=DTYPES, group="speed")
+                          "else fp32, and never fp16. On a CPU without them bf16 is the type of the weights "
+                          "alone, which `auto` takes where fp32 does not fit.", choices=DTYPES, group="speed")
 
 
 def push_option(what: str) -> Any:

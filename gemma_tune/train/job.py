@@ -150,7 +150,7 @@ def fit(session: Session, sizes: Sequence[Sizes], placement: Placement, before: 
     """
     config = session.config
     refuse_four_bits(config, placement.device, session.model.config)
-    if config.whole or config.compile or config.shards > 1:  # which need the weights as tensors that computes
+    if config.whole or config.compile or config.shards > 1:  # which need weights in the type of the products
         return _as_placed(session, sizes, placement.as_stored(), before, start)
     found = _as_placed(session, sizes, placement, before, start)
     if found[2].fits or placement.instead is None:

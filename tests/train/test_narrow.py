@@ -41,8 +41,7 @@ def trained(*flags: object) -> dict:
     return {"summary": result.json["summary"], "adapter": adapter_bytes(RUN), "err": result.err}
 
 
-@pytest.mark.parametrize("flags", [(), ("--dora", "--dropout", 0.1), LEAST,
-                                   ("--qlora",)], ids=str)
+@pytest.mark.parametrize("flags", [(), ("--dora", "--dropout", 0.1), LEAST, ("--qlora",)], ids=str)
 def test_the_adapter_is_that_of_fp32(prepared, flags):
     if "--qlora" in flags:
         pytest.importorskip("bitsandbytes")
