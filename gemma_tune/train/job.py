@@ -179,7 +179,7 @@ def _as_placed(session: Session, sizes: Sequence[Sizes], placement: Placement, b
 def _rows_of_new_tokens(session: Session, shape: ModelShape) -> int:
     """How many numbers the rows of new tokens are, where they are trained by themselves."""
     count = 0 if shape.head_trained else len(session.settings_of("prepare").get("new_tokens", ()))
-    return count * shape.hidden * (1 if is_tied(shape.model.get_base_model()) else 2)
+    return count and count * shape.hidden * (1 if is_tied(shape.model.get_base_model()) else 2)
 
 
 def _refuse_beyond_positions(session: Session, shape: ModelShape, longest: int) -> None:

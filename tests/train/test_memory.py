@@ -232,7 +232,8 @@ def test_a_checkpoint_in_4_bits_is_planned_as_what_it_is(monkeypatch, flag, stor
     for text in (False, True):
         monkeypatch.setattr(job, "available", lambda device: sum(needs) / 2 / USABLE)
         found = {"quantization_config": stored} if stored else {}
-        session = SimpleNamespace(config=config, model=SimpleNamespace(path=None, config={"text_config": found} if text else found))
+        session = SimpleNamespace(config=config, model=SimpleNamespace(path=None, config={"text_config": found} if text else found),
+                                  settings_of=lambda stage: {})
         choice = job.fit(session, [SimpleNamespace(longest=500)], placement.Placement("cuda", torch.bfloat16, ""))[2]
         assert choice.fits == four_bit and choice.memory.total == needs[not four_bit]
         monkeypatch.setattr(job, "available", lambda device: 10**9)
