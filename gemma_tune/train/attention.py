@@ -175,6 +175,11 @@ def within(spans: Sequence[Span]) -> Iterator[None]:
         _spans = None
 
 
+def in_spans() -> bool:
+    """Whether attention has to keep to parts of rows now, or else to refuse: see :func:`within`."""
+    return _spans is not None
+
+
 def causal_attention_or(theirs: Any) -> Any:
     """transformers' attention function ``theirs`` with ours in its place wherever the two mean the same.
 

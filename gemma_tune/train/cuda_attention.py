@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gemma_tune.base.capturing import capturing
 from gemma_tune.base.words import first_line
-from gemma_tune.train.attention import plain_causal
+from gemma_tune.train.attention import in_spans, plain_causal
 
 REPEATS = 5
 # Length of the difference against that of the result: in bf16 all kernels measure 0.2 to 0.8 %, a wrong mask 10 % and
@@ -337,6 +337,8 @@ def fastest_attention_or(theirs: Any) -> Any:
         theirs: transformers' function for SDPA.
     """
     def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+        if in_spans():
+            raise RuntimeError("rows cannot share a beginning: attention on a GPU does not know their parts")
         plain = plain_causal(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
         if _ends is not None and not plain:
             raise RuntimeError("rows cannot be packed: a layer's attention is more than causal")

@@ -7,6 +7,7 @@ import torch
 from train.test_captured import adapted
 
 from gemma_tune.train import cuda_attention as attention
+from gemma_tune.train.attention import Span, within
 from gemma_tune.train.cuda_attention import CANDIDATES, Kind, Shape, choose, choose_for, fastest_attention_or
 from gemma_tune.train.kernels import fast_layers
 from support.graphs import install
@@ -150,6 +151,14 @@ def test_layers_that_were_met_attend_by_the_choice_for_their_rows(monkeypatch, w
 def test_what_means_something_else_is_left_to_transformers(other):
     call = fastest_attention_or(lambda *args, **kwargs: ("theirs", None))
     assert call(Module(), *inputs(PLAIN), None, **other)[0] == "theirs" and not attention._met
+
+
+def test_parts_of_a_row_that_it_does_not_know_are_refused():
+    """The check of whether answers can share their prompt tolerates what bf16 rounds, and a tiny model that hardly attends."""
+    call = fastest_attention_or(lambda *args, **kwargs: ("theirs", None))
+    with within([Span(slice(0, 24), (slice(0, 24),))]), pytest.raises(RuntimeError, match="cannot share a beginning"):
+        call(Module(), *inputs(PLAIN), None)
+    assert call(Module(), *inputs(PLAIN), None)[0] == "theirs"
 
 
 def test_layers_are_those_of_the_model_that_is_trained():
