@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import pytest
 
 pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals are not for Windows")
 
+import pty  # noqa: E402
+import termios  # noqa: E402
+import tty  # noqa: E402
+
+from gemma_tune.cli.chat import typing  # noqa: E402
 from support.command import ROOT  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine takes long for many short steps
@@ -386,3 +392,44 @@ def test_markdown_is_rendered_and_long_answers_are_printed_once(terminal):
         assert last.count(f"w{n} ") + last.count(f"w{n}\r\n") >= 1, n
     for line in last.splitlines():
         assert len(line) <= 100
+
+
+@pytest.fixture
+def keyboard(monkeypatch, tmp_path):
+    """What types into this process's standard input, that, and the modes of a terminal without an editor."""
+    from prompt_toolkit.application import create_app_session
+
+    keys, there = pty.openpty()
+    monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path))
+    with open(there, encoding="utf-8") as stdin, open(keys, "wb", buffering=0) as typed:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with create_app_session():
+            yield typed, stdin, termios.tcgetattr(stdin)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("read", "as_keys", "as_lines", "later", "question"), [
+    ("", "/reset\r", "", "", "/reset"), ("", "fox\x15/reset\r", "", "", "/reset"), ("", "ab", "", "c\r", "abc"),
+    ("", "ab", "cd\n", "", "abcd"), ("ab", "", "cd\n", "", "abcd"), ("ab", "cd", "é\n", "", "abcdé"), ("", "", "ab\n", "", "ab"),
+    ("ab\r", "", "cd\n", "", "ab")])
+def test_what_is_typed_while_the_editor_closes_is_neither_lost_nor_sent_too_early(keyboard, read, as_keys, as_lines, later, question):
+    """Keys that it has read and those that it has not, then lines of a terminal without an editor, and what comes when it is back."""
+    from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
+    from prompt_toolkit.input.vt100_parser import Vt100Parser
+
+    typed, stdin, modes = keyboard
+    editor, pressed = typing.Editor(), []
+    Vt100Parser(pressed.append).feed(read)
+    store_typeahead(editor._session.input, pressed)
+    tty.setraw(stdin, termios.TCSANOW)
+    typed.write(as_keys.encode())
+    time.sleep(0.1)
+    termios.tcsetattr(stdin, termios.TCSANOW, modes)
+    typed.write(as_lines.encode())
+    timer = threading.Timer(1, typed.write, [later.encode()])
+    timer.start()
+    found = editor.read()
+    timer.join()
+    assert found == question
+    left = get_typeahead(editor._session.input)
+    assert ("".join(key.data for key in left) == "cd\n") == read.endswith("\r")

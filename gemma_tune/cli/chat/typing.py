@@ -100,11 +100,31 @@ class Editor:
         """What was typed while an answer came is there already: a line is sent, a paste of several waits for Enter."""
         screen.err.print()
         lines = _typed_before()
+        if self._as_keys(lines):
+            lines = []
         several = len(lines) > 1 or bool(lines) and _half_a_line_is_there()
         before = "".join(lines)
         text = self._prompt(message, default=before if several else before.rstrip("\n"),
                             accept_default=bool(lines) and not several, **more)
         return as_text(text.rstrip("\n") if several else text, "what was typed", "utf-8")
+
+    def _as_keys(self, lines: list[str]) -> bool:
+        """Have these typed again in the editor, where they are no lines; whether it was so.
+
+        What is typed while the editor is about to close, it has read and not used, or has left to the terminal as keys:
+        Enter is no end of a line there, and what has no end was not sent.
+        """
+        from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
+        from prompt_toolkit.input.vt100_parser import Vt100Parser
+
+        keys = get_typeahead(self._session.input)
+        again = bool(lines) and (bool(keys) or not all(line.endswith("\n") for line in lines))
+        if again:
+            parser = Vt100Parser(keys.append)
+            parser.feed("".join(lines))
+            parser.flush()
+        store_typeahead(self._session.input, keys)
+        return again
 
     def _prompt(self, message: Any, pre_run: Callable[[], None] = lambda: None, **more: Any) -> str:
         """prompt_toolkit's prompt, which SIGTERM leaves by the door: what is raised in a callback of its event loop
