@@ -63,7 +63,7 @@ class Terminal(fdpexpect.fdspawn if fdpexpect else object):
     delaybeforesend = 0.05
 
     def __init__(self, forks: Forks, fd: int, timeout: float):
-        super().__init__(fd, encoding="utf-8", timeout=timeout)
+        super().__init__(fd, encoding="utf-8", codec_errors="replace", timeout=timeout)
         self._forks, self._process = forks, forks._pid
         self.exitstatus: int | None = None
         self.signalstatus: int | None = None
