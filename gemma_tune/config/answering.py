@@ -85,7 +85,8 @@ class EvalConfig(StageConfig):
                                       "there.", least=1, most=MOST_TOKENS)
     reward: tuple[str, ...] = option((), "What answers are scored by as well, written as for `train --reward`; `train` "
                                          "for what the training learned from, `none` for nothing.",
-                                     auto="what the training learned from, where that is rewards", apart=rewards.apart)
+                                     auto="what the training learned from, where that is rewards", apart=rewards.apart,
+                                     repeated=True)
     tasks: tuple[str, ...] = option((), "Benchmarks of lm-evaluation-harness (pip install lm-eval) to run on both "
                                         "models, separated by commas, such as arc_easy,hellaswag; or a task's own "
                                         "YAML file.", auto="none")

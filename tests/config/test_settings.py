@@ -21,7 +21,15 @@ from gemma_tune.base.words import counted
 from gemma_tune.cli.commands import app
 from gemma_tune.config.settings import StageConfig, as_flags, resolve, value_in_words
 from gemma_tune.config.settings_file import load_yaml
-from gemma_tune.config.stages import CONFIGS, DEFAULT_MODEL, ChatConfig, ExportConfig, PrepareConfig, TrainConfig
+from gemma_tune.config.stages import (
+    CONFIGS,
+    DEFAULT_MODEL,
+    ChatConfig,
+    EvalConfig,
+    ExportConfig,
+    PrepareConfig,
+    TrainConfig,
+)
 
 FIELDS = [pytest.param(cls, f, id=f"{cls.section}.{f.name}") for cls in CONFIGS.values()
           for f in dataclasses.fields(cls)]
@@ -617,6 +625,11 @@ def test_values_are_told_as_options_take_them():
 def test_texts_with_commas_in_them_are_given_one_by_one():
     flags = as_flags(ExportConfig, {"quant": ["q8_0", "f16"], "parameter": ["stop=a,b", "temperature=0.3"]}, defaults=True)
     assert flags == ["--quant", "q8_0,f16", "--parameter", "stop=a,b", "--parameter", "temperature=0.3"]
+    rewards = ["regex:a,b", "exact"]
+    for cls in (TrainConfig, EvalConfig):
+        flags = as_flags(cls, {"reward": rewards})
+        assert flags == ["--reward", "regex:a,b", "--reward", "exact"], "or the pattern went on to the end"
+        assert [*resolve(cls, {"reward": flags[1::2]}).config.reward] == rewards
 
 
 @pytest.mark.parametrize("value, shown", [(400.0, "400"), (0.5, "0.5"), (1234.5678, "1234.5678")])
