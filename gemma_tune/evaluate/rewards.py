@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_tune.answers.generation import Answer, prompt_ids
 from gemma_tune.answers.thoughts import said
+from gemma_tune.base.words import counted
 from gemma_tune.config.answering import NO_REWARD, EvalConfig
 from gemma_tune.config.rewards import ALONE, VALIDATED, Reward, read
 from gemma_tune.config.settings import in_words as settings_in_words
@@ -29,7 +30,12 @@ def with_training_s(session: Session) -> Session:
     """Where the training learned from rewards and none are named, the session with those, and with as many and as long
     answers as the training was evaluated with, unless others were asked for."""
     learned, config = session.settings_of("train"), session.config
-    if config.reward or learned.get("method") != "grpo" or not learned.get("reward"):
+    if config.reward:
+        return session
+    if learned.get("method") != "grpo" or not learned.get("reward"):
+        if "reward" in session.given:
+            session.listener.warn("answers are not scored: the training learned from no rewards; --reward exact, or "
+                                  "another one, names what they are scored by")
         return session
     rows = VALIDATED if config.data_file else session.manifest.stages["prepare"]["summary"].get("valid_rows", 0)
     usual = {"questions": max(config.questions, min(VALIDATED, rows)), "max_new_tokens": learned["max_new_tokens"]}
@@ -53,12 +59,21 @@ class Rewards:
     """
 
     def __init__(self, scorer: Scorer, questions: Sequence[Question], chat: ChatFormat):
-        self._scorer, self._chat = scorer, chat
+        self._scorer, self._chat, self._asked = scorer, chat, len(questions)
         alone = all(reward.kind in (*ALONE, "regex") for reward in scorer.rewards)
         self.questions = {n: question for n, question in enumerate(questions)
                           if alone or question.final is not None}
         if first := next((one for one in self.questions.values() if one.final is not None), None):
             scorer.scores([_scored(first, first.final, True)])
+
+    def left_out(self) -> str | None:
+        """What to tell of questions whose answers are not scored; None if all are."""
+        if not self._asked:
+            return "--reward scores nothing: there is no question to answer"
+        if len(self.questions) == self._asked:
+            return None
+        return (f"--reward scores the answers to {len(self.questions)} of {counted(self._asked, 'prompt')}: the others "
+                "have no whole answer of their own that it could compare with")
 
     def measures(self, given: dict[str, list[Answer]], seed: int) -> tuple[dict[str, Any], dict[int, dict[str, float]]]:
         """Rewards of base and tuned answers, as measures by name; and of each question, by its number, the rewards of

@@ -148,6 +148,8 @@ def _measured_with(session: Session, scorer: Scorer | None) -> Finished:
     vocabulary = _other_vocabulary(session) if elsewhere else None
     chosen = choose(session, chat)
     rewards = Rewards(scorer, chosen.questions, chat) if scorer else None
+    if rewards and (missing := rewards.left_out()):
+        listener.warn(missing)
     tasks = Tasks(found_names(session), listener) if config.tasks else None
     base, seen = base_that_sees(session, chat.eye, chosen.pictures)
     model = add_adapter(base, session.inputs["adapter"], vocabulary)

@@ -11,7 +11,12 @@ import jsonschema
 import pytest
 from commands.test_grpo import GRPO, RUN, prepared_once  # noqa: F401 - a fixture
 
+from gemma_tune.answers.prompts import Prompt
+from gemma_tune.config.rewards import read
 from gemma_tune.evaluate import stage as evaluate_stage
+from gemma_tune.evaluate.rewards import Rewards
+from gemma_tune.evaluate.rows import Question
+from gemma_tune.rewards.scores import Scorer
 from support.command import MANIFEST_SCHEMA, copied_run, invoke, rows, write_rows
 
 FP32 = ("--dtype", "fp32")
@@ -122,3 +127,24 @@ def test_rewards_of_a_run_that_learned_answers(cli, fluent):
     measures = result.json["summary"]["measures"]
     assert measures["rewards/chrf"]["tuned"][0] == pytest.approx(measures["chrf"]["tuned"][0] / 100)
     assert measures["reward"]["tuned"][0] > measures["reward"]["base"][0]
+
+
+def test_answers_that_are_asked_for_and_not_scored_are_told(cli, fluent, tmp_path):
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": f"The number {n} is not said."} for n in range(3)])
+    none = cli("eval", "--data", texts, "--reward", "ended", *FP32)
+    assert none.code == 0 and "--reward scores nothing: there is no question to answer" in none.err, none.err
+    nothing = cli("eval", "--data", "valid", "--reward", "train", "--max-new-tokens", 4, *FP32)
+    assert nothing.code == 0 and "answers are not scored: the training learned from no rewards; --reward exact" in nothing.err
+    assert "rewards" not in cli("eval", *FP32).err, "nobody asks now"
+
+
+def test_questions_without_a_whole_answer_of_their_own_are_told():
+    whole, cut = Question(Prompt([]), "2", "2"), Question(Prompt([]))
+
+    def left_out(reward: str, *questions: Question) -> str | None:
+        with Scorer(read([reward])) as scorer:
+            return Rewards(scorer, questions, None).left_out()
+
+    assert left_out("exact", whole, cut, cut).startswith("--reward scores the answers to 1 of 3 prompts: the others have no whole answer")
+    assert "to 0 of 1 prompt:" in left_out("number", cut)
+    assert left_out("exact", whole) is left_out("ended", whole, cut) is None
