@@ -157,7 +157,7 @@ class TrainConfig(MethodConfig, StageConfig):
                 return [f"method: grpo does not go together with {other}; leave one of them out" for other in others]
             if self.strength and self.whole:  # the weights before would be in memory a second time
                 return [f"beta: of grpo does not go together with {'full' if self.full else 'modules_to_save'}; leave "
-                        "one of them out"]
+                        "that out, or set beta to 0"]
         if problems := self._whole_problems():
             return problems
         if "experts" in self.target_modules:

@@ -32,6 +32,9 @@ def test_answers_after_rewards_and_rewards_after_answers(cli, prepared):  # noqa
     assert recorded()["temperature"] == (0.8, "flag") and recorded()["scale_rewards"] == ("none", "flag")
     again = cli("train", "--max-steps", 3)
     assert again.code == 0 and recorded()["beta"] == (0.5, "flag") and "kl" in steps()[-1], "the same method keeps them"
+    whole = cli("train", "--full", "--dry-run")
+    assert whole.code == 2 and "leave that out, or set beta to 0" in whole.err, "it is kept from before: leaving it out would not help"
+    assert cli("train", "--full", "--beta", 0, "--dry-run").code == 0
     refused = cli("train", "--method", "sft", "--temperature", 0.8)
     assert refused.code == 2 and "temperature: belongs to --method grpo, and not to sft" in refused.err
     after = cli("train", "--method", "sft")
