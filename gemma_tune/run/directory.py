@@ -247,7 +247,7 @@ def set_aside_in(checkpoints: Path) -> list[Path]:
 
 def no_run(root: Path, *flags: str) -> UserError:
     """What to say of a directory that is no run, to a command that needs one."""
-    if (root.parent / "manifest.json").is_file():
+    if _is_run(root.parent):
         return UserError(f"{root} is not a run, but lies in one",
                          f"name that one: --run {shell.quote(str(root.parent))}")
     try:
@@ -258,6 +258,14 @@ def no_run(root: Path, *flags: str) -> UserError:
                     nearest(root.name, runs))
     return UserError(f"{root} is not a run yet: it has no manifest.json",
                      f"{meant}start it: gemma-tune prepare YOUR.jsonl --run {shell.join([str(root), *flags])}")
+
+
+def _is_run(root: Path) -> bool:
+    """Whether a directory has a run's manifest.json; other programs have files of that name, too."""
+    try:
+        return b'"gemma_tune"' in (root / "manifest.json").read_bytes()
+    except OSError:
+        return False
 
 
 def find_run(run: str | None, model_id: str | None) -> Path:

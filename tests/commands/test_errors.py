@@ -327,6 +327,12 @@ def test_a_path_inside_a_run_leads_to_it(cli, trained, inside, hint):
         check(cli(command, "--run", trained / inside), 2, hint.format(trained))
 
 
+def test_what_lies_beside_another_program_s_manifest_is_in_no_run(cli, tmp_path):
+    """Web pages that can be installed have one, and so do extensions of browsers."""
+    (tmp_path / "manifest.json").write_text('{"name": "Page", "icons": []}')
+    check(cli("status", "--run", "mine"), 2, "start it: gemma-tune prepare YOUR.jsonl --run mine")
+
+
 def test_a_model_without_a_run_is_named_in_the_command_that_begins_one(cli):
     for command in ("status", "tune"):
         check(cli(command, "--model", "org/new"), 2, "start it: gemma-tune prepare YOUR.jsonl --run runs/new --model org/new")
