@@ -89,8 +89,8 @@ class Commands(TyperGroup):
 
 
 def _found(options: Sequence[str], typed: Sequence[str]) -> str:
-    """What was given to an option, as the end of a message."""
-    for word, following in pairwise([*typed, ""]):
+    """What was given to an option, as the end of a message; the last one counts."""
+    for word, following in reversed([*pairwise([*typed, ""])]):
         name, _, value = word.partition("=")
         if name in options:
             return f", found {shown(value or following)}"

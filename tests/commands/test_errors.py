@@ -339,7 +339,9 @@ def test_a_model_without_a_run_is_named_in_the_command_that_begins_one(cli):
 
 
 @pytest.mark.parametrize("args, said", [(("--epochs", "x"), "'--epochs' / '-e': expected a number, found 'x'"),
-                                        (("-e=x",), "expected a number, found 'x'"), (("--rank=1.5",), "expected a whole number, found '1.5'")])
+                                        (("-e=x",), "expected a number, found 'x'"), (("--rank=1.5",), "expected a whole number, found '1.5'"),
+                                        (("--epochs", 3, "--epochs", "x"), "expected a number, found 'x'"),
+                                        (("--epochs", 3, "-e", "x", "--rank", 4), "expected a number, found 'x'")])
 def test_what_is_no_number_is_quoted(cli, args, said):
     check(cli("train", *args), 2, said)
 
