@@ -13,6 +13,7 @@ from gemma_tune.api import IN_ORDER
 from gemma_tune.base.errors import INTERRUPTED, WORK_FAILED, Interrupted, UserError, WorkFailed
 from gemma_tune.cli import console, screen
 from gemma_tune.cli.request import Request
+from gemma_tune.config.rewards import read
 from gemma_tune.config.settings import as_flags
 from gemma_tune.config.stages import ExportConfig, MergeConfig, TrainConfig
 from gemma_tune.encoding.chat_format import ChatFormat
@@ -25,6 +26,7 @@ from gemma_tune.merge.base import require_base
 from gemma_tune.merge.push import check_push as check_merge_push
 from gemma_tune.prepare.stage import chat_format
 from gemma_tune.report.page import write_report
+from gemma_tune.rewards.program import refuse_missing
 from gemma_tune.run.directory import RunDir, command
 from gemma_tune.run.exportable import refuse_unexportable
 from gemma_tune.run.session import Session
@@ -165,6 +167,7 @@ def _check_all_settings(request: Request) -> None:
     """Refuse at once what a later stage would refuse after an hour of training."""
     settings = {name: request.settings(name) for name in IN_ORDER}
     require(settings["train"].report_to)
+    refuse_missing(read(settings["train"].reward))
     check_target(settings["export-ollama"], "any")
     require_file(settings["export-ollama"].calibration_file)
     require_settings(settings["eval"])

@@ -227,9 +227,11 @@ def prepare_first(request: Request, go_on: bool) -> tuple[Request, dict[str, Any
     Raises:
         UserError: settings of either stage that cannot be used, and whatever ``prepare`` raises.
     """
+    from gemma_tune.config.rewards import read
     from gemma_tune.prepare.stage import prepare
+    from gemma_tune.rewards.program import refuse_missing
 
-    request.settings("train")  # before the data is read, which can take long
+    refuse_missing(read(request.settings("train").reward))  # before the data is read, which can take long
     # Options of the same name, such as --seed, are about the training.
     report = request.run("prepare", lambda session: prepare(session, trains=True, go_on=go_on),
                          data=request.options["data"])

@@ -77,3 +77,10 @@ def test_all_stages_from_rewards(cli, tiny, tmp_path):
     assert recorded()["method"] == ("grpo", "flag") and recorded()["reward"] == (rewards, "flag")
     assert recorded("eval")["reward"] == (rewards, "method") and recorded("eval")["max_new_tokens"] == (8, "method")
     assert "reward of an answer" in result.err.partition("summary")[2]
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_a_program_that_is_missing_is_told_before_anything_is_prepared(cli, tiny, tmp_path, command):
+    data = write_rows(tmp_path / "rows.jsonl", rows(12))
+    result = cli(command, data, "--model", tiny, "--method", "grpo", "--reward", "command:no-such-program", "--run", RUN)
+    assert result.code == 2 and "there is no program no-such-program" in result.err and not RUN.exists(), result.err
