@@ -73,7 +73,7 @@ class Rewards:
         if len(self.questions) == self._asked:
             return None
         return (f"--reward scores the answers to {len(self.questions)} of {counted(self._asked, 'prompt')}: the others "
-                "have no whole answer of their own that it could compare with")
+                "have no answer of their own that it could compare with")
 
     def measures(self, given: dict[str, list[Answer]], seed: int) -> tuple[dict[str, Any], dict[int, dict[str, float]]]:
         """Rewards of base and tuned answers, as measures by name; and of each question, by its number, the rewards of

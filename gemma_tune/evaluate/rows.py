@@ -230,7 +230,7 @@ def _question(chat: ChatFormat, example: PreparedRow, outcome: Outcome) -> Quest
 
 
 def reference_of(chat: ChatFormat, outcome: Outcome) -> str | None:
-    """The last answer of a row, decoded as a model's answer is; None where a limit has cut it."""
+    """The last answer of a row, whole and decoded as a model's answer is; None where nothing ends it."""
     _, ids = _last_answer(outcome)
     return chat.said(chat.decoded(ids[:-1])) if ids and ids[-1] in chat.stop_ids else None
 

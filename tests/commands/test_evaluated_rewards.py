@@ -138,13 +138,27 @@ def test_answers_that_are_asked_for_and_not_scored_are_told(cli, fluent, tmp_pat
     assert "rewards" not in cli("eval", *FP32).err, "nobody asks now"
 
 
-def test_questions_without_a_whole_answer_of_their_own_are_told():
-    whole, cut = Question(Prompt([]), "2", "2"), Question(Prompt([]))
+def test_questions_without_an_answer_of_their_own_are_told():
+    known, own = Question(Prompt([]), "2", "2"), Question(Prompt([]))
 
     def left_out(reward: str, *questions: Question) -> str | None:
         with Scorer(read([reward])) as scorer:
             return Rewards(scorer, questions, None).left_out()
 
-    assert left_out("exact", whole, cut, cut).startswith("--reward scores the answers to 1 of 3 prompts: the others have no whole answer")
-    assert "to 0 of 1 prompt:" in left_out("number", cut)
-    assert left_out("exact", whole) is left_out("ended", whole, cut) is None
+    assert left_out("exact", known, own, own).startswith("--reward scores the answers to 1 of 3 prompts: the others have no answer of their own")
+    assert "to 0 of 1 prompt:" in left_out("number", own)
+    assert left_out("exact", known) is left_out("ended", known, own) is None
+
+
+def test_what_a_limit_cut_for_the_training_is_compared_with_as_a_whole(cli, tiny, tmp_path):
+    long = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n} is " + "said " * 40 + "so"}]}
+            for n in range(8)]
+    data = write_rows(tmp_path / "long.jsonl", long)
+    for args in (("prepare", data, "--model", tiny, "--valid", 2, "--max-length", 40, "--on-long", "truncate", "--run", RUN),
+                 ("train", "--rank", 4, "--max-steps", 1, "--samples", 0, *FP32)):
+        assert cli(*args).code == 0, args
+    program = tmp_path / "score.py"
+    program.write_text("import json, sys\nfor line in sys.stdin: print(len(json.loads(line)['reference']), flush=True)")
+    result = cli("eval", "--reward", f'command:"{sys.executable}" score.py', "--max-new-tokens", 2, "--json", *FP32)
+    assert result.code == 0, result.err
+    assert result.json["summary"]["measures"]["reward"]["base"][0] == len(long[0]["messages"][1]["content"])
