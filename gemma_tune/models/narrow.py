@@ -59,7 +59,8 @@ class Narrow(torch.Tensor):
     """A frozen weight that passes for one in fp32, and is in 16 bits.
 
     Products widen it in pieces (``mm``, and so linear layers and both directions of autograd; grouped ones of experts),
-    lookups widen what they look up, and views are views. Any other operation gets a widened copy.
+    lookups widen what they look up, and views are views. Any other operation gets a widened copy. Of what writes to it
+    there is ``index_copy_`` alone, for the rows of new tokens, which are rounded to its 16 bits.
 
     Attributes:
         kept: the numbers, in bf16 or fp16.
@@ -84,6 +85,9 @@ class Narrow(torch.Tensor):
         kwargs = kwargs or {}
         if func in _COPIES or func.is_view and func is not _aten.view.dtype:
             return _view(func, *args, **kwargs)
+        if func is _aten.index_copy_.default and isinstance(args[0], Narrow):
+            _write_rows(*args)
+            return args[0]
         if func in _LOOKUPS and isinstance(args[0], Narrow):
             return func(args[0].kept, *args[1:], **kwargs).float()
         if (ours := _PRODUCTS.get(func)) and (found := ours(*args, **kwargs)) is not None:
@@ -103,6 +107,10 @@ def _view(func: Any, weight: Narrow, *args: Any, **kwargs: Any) -> Any:
         found = func(weight.kept, *args, **kwargs)
         several = isinstance(found, (list, tuple))
         return [Narrow(part, weight.place) for part in found] if several else Narrow(found, weight.place)
+
+
+def _write_rows(weight: Narrow, dim: int, index: torch.Tensor, rows: torch.Tensor) -> None:
+    weight.kept.index_copy_(dim, index, rows.to(weight.kept.dtype))
 
 
 def widened(weight: torch.Tensor) -> torch.Tensor:
