@@ -70,7 +70,8 @@ def other_tokens(adapter: Adapter, new: Collection[Any]) -> Iterator[str]:
     Args:
         new: their ids, or where these are not known yet their names.
     """
-    own = {i for ids, _ in adapter.rows.values() for i in ids}
+    each = [{*ids} for ids, _ in adapter.rows.values()]
+    own = set().union(*each)
     ids = {i for i in new if isinstance(i, int)}
     if own and not new:
         yield f"it has rows of {counted(len(own), 'new token')}, and the run was prepared without --new-tokens"
@@ -79,6 +80,8 @@ def other_tokens(adapter: Adapter, new: Collection[Any]) -> Iterator[str]:
     elif own and (len(own) != len(new) or ids and ids != own):
         yield (f"it has rows of {counted(len(own), 'new token')} ({_some(own)}), and those of the run are others "
                f"({_some(new)})")
+    elif any(some != own for some in each):
+        yield f"its {' and '.join(adapter.rows)} have rows of different tokens"
 
 
 def refuse_other_tokens(adapter: Adapter, new: Collection[int]) -> None:
@@ -130,17 +133,31 @@ def names_in(model: PreTrainedModel, adapter: Adapter) -> dict[str, str]:
             problems.append(problem)
         else:
             names[module] = found
-    for module in adapter.rows:
-        if (found := found_among(named, module)) is None:
-            problems.append(f"{module} is not in the base model")
-        else:
-            names[module] = found
+    rows = {module: found_among(named, module) for module in adapter.rows}
+    if rows and (problem := _problem_of_rows(model, rows)):
+        problems.append(problem)
+    names |= {module: found for module, found in rows.items() if found}
     if not (adapter.layers or problems) and (left := {*all_modules(model)} - {*names.values()}):
         problems.append(f"{counted(len(left), 'module')} of the base are not among those that it trained, such as "
                         f"{min(left)}")
     if problems:
         raise misfit(adapter, problems)
     return names
+
+
+def _problem_of_rows(model: PreTrainedModel, found: Mapping[str, str | None]) -> str | None:
+    """What keeps rows of new tokens from being trained further.
+
+    Args:
+        found: by the modules that an adapter has rows of, what the model calls them.
+    """
+    if lost := [module for module, name in found.items() if name is None]:
+        return f"{lost[0]} is not in the base model"
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [name for name, module in model.named_modules() if module is words or module is head and not is_tied(model)]
+    if {*found.values()} == {*ends}:
+        return None
+    return f"it has rows of new tokens in {' and '.join(found)}, and the base has them in {' and '.join(ends)}"
 
 
 def _whole_problem(model: PreTrainedModel, trainable: Mapping[str, Module], adapter: Adapter, module: str,
@@ -226,8 +243,9 @@ def weights_of(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Tensor]:
             module, _, last = name.rpartition(".")
             if module in names:
                 found[f"base_model.model.{names[module]}.modules_to_save.default.{last}"] = read(stored)
-        for module, (_, stored) in adapter.rows.items():
-            found[f"base_model.model.{names[module]}.token_adapter.trainable_tokens_delta.default"] = read(stored)
+        for module, (ids, stored) in adapter.rows.items():  # which are in the order of their ids here
+            found[f"base_model.model.{names[module]}.token_adapter.trainable_tokens_delta.default"] = read(stored)[
+                sorted(range(len(ids)), key=ids.__getitem__)]
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,13 +107,18 @@ def test_tokens_are_learned_loaded_merged_and_exported(cli, prepared, unused):
     assert [bytes(tokens[i]).decode() for i in (6, 7)] == [*NEW] and [types[i] for i in (6, 7)] == [4, 4]
 
 
-def test_rows_behind_the_last_token_of_a_model_with_a_head(cli, tmp_path):
-    folder = tmp_path / "qwen"
+def named_qwen(folder: Path) -> int:
+    """A tiny Qwen with a head of its own and rows behind its last token; returns how many tokens it has."""
     _, tokenizer = make_llama("qwen2", folder)
     tokenizer.chat_template = TURNS
     tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def test_rows_behind_the_last_token_of_a_model_with_a_head(cli, tmp_path):
+    folder = tmp_path / "qwen"
+    run, count = Path("runs/qwen"), named_qwen(folder)
     data = write_rows(tmp_path / "rows.jsonl", talks())
-    run, count = Path("runs/qwen"), len(tokenizer)
     refused = cli("prepare", data, "--model", folder, "--new-tokens", "<a>,<b>,<c>,<d>")
     assert refused.code == 2 and "4 new tokens are named, and the model's vocabulary" in refused.err and "3 unused entries" in refused.err
     done(cli, "prepare", data, "--model", folder, "--new-tokens", ",".join(NEW))
@@ -138,6 +143,32 @@ def test_rows_behind_the_last_token_of_a_model_with_a_head(cli, tmp_path):
     metadata = read_gguf_metadata(run / "ollama" / "qwen-f16.gguf")
     assert [bytes(metadata["tokenizer.ggml.tokens"][count + n]).decode() for n in range(2)] == [*NEW]
     assert metadata["tokenizer.ggml.token_type"][count:count + 3].tolist() == [4, 4, 5]
+
+
+@pytest.mark.parametrize(("rows", "said"), [
+    ({"embed_tokens": (1, 0), "lm_head": (1, 0)}, None),
+    ({"embed_tokens": (0, 1)}, "it has rows of new tokens in model.embed_tokens, and the base has them in model.embed_tokens and lm_head"),
+    ({"embed_tokens": (0, 1), "lm_head": (0,)}, "lm_head and model.embed_tokens have rows of different tokens")], ids=str)
+def test_an_adapter_of_pefts_goes_on_with_the_rows_that_it_has(cli, tmp_path, rows, said):
+    """Whatever their order."""
+    folder, theirs = tmp_path / "qwen", tmp_path / "theirs"
+    count = named_qwen(folder)
+    done(cli, "prepare", write_rows(tmp_path / "rows.jsonl", talks()), "--model", folder, "--new-tokens", ",".join(NEW))
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={
+        name: [count + place for place in places] for name, places in rows.items()})
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.copy_(torch.tensor(rows["lm_head" if "lm_head" in name else "embed_tokens"])[:, None] + 1.0)
+    tuned.save_pretrained(theirs)
+    result = cli("train", "--max-steps", 1, "--learning-rate", 1e-6, "--from-adapter", theirs, "--dtype", "fp32")
+    assert result.code == (2 if said else 0) and (said or "") in result.err, result.err
+    if not said:
+        learned = load_file(Path("runs/qwen/qwen_lora_adapter/adapter_model.safetensors"))
+        for name in ("model.embed_tokens", "lm_head"):
+            found = learned[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"]
+            torch.testing.assert_close(found, torch.tensor([[1.0], [2.0]]).expand_as(found), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("flags", [("--full",), ("--modules-to-save", "embed_tokens", "--rank", 4)])
