@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.base.errors import UserError
 from gemma_tune.base.files import sha256_file
+from gemma_tune.base.strict_json import object_in
 from gemma_tune.base.tensors import StoredTensor
-from gemma_tune.base.words import counted
+from gemma_tune.base.words import counted, shown
 from gemma_tune.lora.config import CONFIG, WEIGHTS
 from gemma_tune.lora.experts import ASKED, adaptable, module_of, routers
 from gemma_tune.lora.files import Adapter
@@ -84,14 +85,28 @@ def other_tokens(adapter: Adapter, new: Collection[Any]) -> Iterator[str]:
         yield f"its {' and '.join(adapter.rows)} have rows of different tokens"
 
 
-def refuse_other_tokens(adapter: Adapter, new: Collection[int]) -> None:
-    """Whether an adapter's rows are those of new tokens of these ids.
+def refuse_other_tokens(adapter: Adapter, new: Mapping[int, str]) -> None:
+    """Whether an adapter's rows are those of new tokens of these ids and names.
 
     Raises:
         UserError: they are others.
     """
-    if problems := [*other_tokens(adapter, new)]:
+    if problems := [*other_tokens(adapter, new)] or [*_other_names(adapter, new)]:
         raise misfit(adapter, problems)
+
+
+def _other_names(adapter: Adapter, new: Mapping[int, str]) -> Iterator[str]:
+    """Ids that are called otherwise by the tokenizer beside an adapter, where there is one: what a row has learned to
+    mean is not what it would stand for."""
+    try:
+        added = object_in(adapter.folder / "tokenizer.json").get("added_tokens", ())
+    except (OSError, ValueError):
+        return
+    theirs = {entry["id"]: entry["content"] for entry in added}
+    for i, name in new.items():
+        before = theirs.get(i, name)
+        if before != name and (adapter.rows or before in new.values()):
+            yield f"its token {i} is {shown(before)}, and the run's is {shown(name)}: --new-tokens has an order"
 
 
 def _some(tokens: Collection[Any]) -> str:

@@ -24,7 +24,15 @@ from gemma_tune.lora.experts import count_of
 from gemma_tune.lora.files import read_adapter
 from gemma_tune.lora.layers import described_adapter
 from gemma_tune.lora.load import import_peft
-from gemma_tune.lora.start import digest_of, load_start, names_in, patterns_of, targets_from, weights_of
+from gemma_tune.lora.start import (
+    digest_of,
+    load_start,
+    names_in,
+    patterns_of,
+    refuse_other_tokens,
+    targets_from,
+    weights_of,
+)
 from gemma_tune.lora.targets import Targets, lora_config, said_of_rest, targets_of
 from gemma_tune.lora.whole import is_tied
 from gemma_tune.models.placement import Placement, available, best_device
@@ -91,6 +99,17 @@ def chat_format_of(session: Session) -> ChatFormat:
     prepared = session.settings_of("prepare")
     return load_format(session.model.path, session.model.config["model_type"], prepared.get("thinking", "auto"),
                        session.chat_template(), prepared.get("new_tokens", ()))
+
+
+def refuse_start_of_others(start: Path | None, chat: ChatFormat) -> None:
+    """Whether the adapter that a training starts from has rows of the run's new tokens.
+
+    Raises:
+        UserError: they are others, or called otherwise.
+    """
+    if start:
+        names = chat.tokenizer.convert_ids_to_tokens([*chat.new_tokens])
+        refuse_other_tokens(read_adapter(start), dict(zip(chat.new_tokens, names)))
 
 
 def prepared_sequences(session: Session, listener: Listener | None = None) -> tuple[Any, Any]:
@@ -242,7 +261,7 @@ def make_trainer(job: Job, model, chat, train_rows, valid_rows, steps, callbacks
         sizes = sizes_of(train_rows, config), sizes_of(valid_rows, config)
         arguments = _arguments(session, steps, len(sizes[0]), job.placement, job.choice, bool(len(valid_rows)))
         kind, more = _reward_trainer(job, chat, scorer, train_rows, valid_rows) if scorer else (
-            _kind_of_trainer(job, train_rows, valid_rows))
+            _kind_of_trainer(job, chat, train_rows, valid_rows))
         trainer = kind(
             model=model, args=arguments,
             train_dataset=train_rows, eval_dataset=valid_rows if len(valid_rows) else None,
@@ -279,7 +298,7 @@ def _described_places(model: Any, targets: Targets) -> str:
     return ", and ".join([f"on {' and '.join(places)}"] * bool(places) + whole)
 
 
-def _kind_of_trainer(job: Job, train_rows: Any, valid_rows: Any) -> tuple[Any, dict[str, Any]]:
+def _kind_of_trainer(job: Job, chat: ChatFormat, train_rows: Any, valid_rows: Any) -> tuple[Any, dict[str, Any]]:
     """The class of the trainer, and what it takes beside what all do."""
     from gemma_tune.train.trainer import GemmaTrainer
 
@@ -293,7 +312,8 @@ def _kind_of_trainer(job: Job, train_rows: Any, valid_rows: Any) -> tuple[Any, d
     size, mismatched = sequences_of_a_row(config), config.method == "kto"
     units = Units(train_rows, size, mismatched), Units(valid_rows, size, mismatched)
     tokens = [sha256_file(session.inputs["tokens"] / f"{side}.arrow") for side in ("train", "valid")]
-    key = key_of(session, (session.model.fingerprint, *tokens), digest_of(job.start) if job.start else None,
+    new = [f"{chat.new_tokens}"] if chat.new_tokens else []  # by which their rows begin
+    key = key_of(session, (session.model.fingerprint, *tokens, *new), digest_of(job.start) if job.start else None,
                  job.training.compute)
     return PreferenceTrainer, {"units": units, "session": session, "reference_key": key}
 

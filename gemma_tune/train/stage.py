@@ -18,8 +18,6 @@ from gemma_tune.config.settings import NOT_GIVEN
 from gemma_tune.encoding.chat_format import ChatFormat
 from gemma_tune.encoding.tokenizer import quiet_libraries
 from gemma_tune.encoding.tokens import pictures_in
-from gemma_tune.lora.files import read_adapter
-from gemma_tune.lora.start import refuse_other_tokens
 from gemma_tune.models.load import load_model
 from gemma_tune.models.placement import choose_placement
 from gemma_tune.models.source import with_weights
@@ -52,6 +50,7 @@ from gemma_tune.train.job import (
     load_libraries,
     make_trainer,
     prepared_sequences,
+    refuse_start_of_others,
     sequences_of_a_row,
     sizes_of,
     with_batch_size,
@@ -219,11 +218,10 @@ def _decide(session: Session, startup: Startup, go_on: bool) -> tuple[Job, Model
     session = with_batch_size(as_finished(session) if go_on else session, len(sizes[0]))
     config, run, listener = session.config, session.run, session.listener
     chat = chat_format_of(session)  # a Gemma's tokenizer takes seconds to load
-    written = " ".join([chat.template, *map(str, chat.new_tokens)])
+    written = " ".join([chat.template, *(f"{i}:{old}" for i, old in chat.new_tokens.items())])
     content = session.model.fingerprint, rows_of(session.inputs["tokens"]), written
     begun = begin(session, content, len(sizes[0]), go_on)
-    if begun.start:
-        refuse_other_tokens(read_adapter(begun.start), chat.new_tokens)
+    refuse_start_of_others(begun.start, chat)
     checkpoint, longest = begun.checkpoint, sizes[0].longest
     placement, shape, choice = fit(session, sizes, begun.placement, begun.training.micro_batch, begun.start)
     listener.detail("device", f"computing in {placement.reason}")

@@ -35,6 +35,7 @@ from gemma_tune.train.job import (
     fit,
     load_libraries,
     prepared_sequences,
+    refuse_start_of_others,
     sequences_of_a_row,
     sizes_of,
     with_batch_size,
@@ -133,6 +134,7 @@ def _job(session: Session, asked: Session, settings: TuneConfig, started: float)
     refuse_what_does_not_fit(choice, session.config, sizes[0].longest, session.listener)
     rows = train_rows, _some(valid_rows, settings.valid_sequences, sequences_of_a_row(session.config))
     chat = chat_format_of(session)
+    refuse_start_of_others(start, chat)
     shown = shown_in(session, chat, rows, placement)
     refuse_what_cannot_be_seen(shown, session, shape, choice)
     return _Job(session, asked, settings, rows, placement, choice, candidates, chat, shown, started)

@@ -207,7 +207,12 @@ def test_an_adapter_goes_on_with_its_own_tokens_alone(cli, prepared, unused, tmp
     plain = tmp_path / "runs/other/tiny-gemma_lora_adapter"
     refused = cli("train", *LEARN, "--run", RUN, "--from-adapter", plain)
     assert refused.code == 2 and "it has no rows of new tokens" in refused.err
-    done(cli, "prepare", tmp_path / "rows.jsonl", *other, "--new-tokens", "<x>,<plan>")
+    done(cli, "prepare", tmp_path / "rows.jsonl", *other, "--new-tokens", "<label_7>,<plan>")
+    done(cli, "prepare", tmp_path / "rows.jsonl", "--run", RUN, "--new-tokens", "<label_7>,<plan>")
+    for command in (("train", *LEARN, "--run", "runs/other", "--from-adapter", ADAPTER),
+                    ("tune", "--learning-rates", "5e-3,1e-3", "--run", RUN)):  # which starts from it as the last training did
+        refused = cli(*command)
+        assert refused.code == 2 and "its token 6 is '<plan>', and the run's is '<label_7>'" in refused.err
     done(cli, "prepare", tmp_path / "rows.jsonl", *other, "--new-tokens", "<x>,<plan>,<label_7>")
     refused = cli("train", *LEARN, "--run", "runs/other", "--from-adapter", ADAPTER)
     assert refused.code == 2 and "it has rows of 2 new tokens (6, 7), and those of the run are others" in refused.err
@@ -237,6 +242,16 @@ def test_preferences_begin_with_the_rows_as_reference(cli, unused, tmp_path):
     done(cli, "prepare", write_rows(tmp_path / "pairs.jsonl", pairs), "--model", unused, "--new-tokens", ",".join(NEW))
     summary = done(cli, "train", *LEARN, "--learning-rate", 1e-3).json["summary"]
     assert summary["method"] == "dpo" and summary["eval_loss_after"] < summary["eval_loss_before"] == pytest.approx(0.693, abs=1e-3)
+
+
+def test_the_reference_is_that_of_the_rows_as_they_begin(cli, unused, tmp_path):
+    """Which other names have otherwise, also where the tokens are the same."""
+    for names in (NEW, NEW, ("<other>", "<b>")):
+        pairs = [{"prompt": f"Say {n}.", "chosen": f"{names[0]} {n}", "rejected": f"{names[1]} {n}"} for n in range(12)]
+        done(cli, "prepare", write_rows(tmp_path / "pairs.jsonl", pairs), "--model", unused, "--new-tokens", ",".join(names))
+        last = done(cli, "train", "--max-steps", 1, "--rank", 4, "--dtype", "fp32", "--force")
+        assert ("log-probabilities of the reference: as kept" in last.err) is (names == NEW and RUN.joinpath("seen").exists())
+        RUN.joinpath("seen").touch()
 
 
 def test_a_run_keeps_its_tokens_until_they_are_taken_back(cli, prepared, tmp_path):
