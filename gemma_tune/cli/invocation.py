@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 import typer.exceptions
@@ -181,7 +181,7 @@ class Command(TyperCommand):
             raise
         except (BrokenPipeError, screen.OutputLost) as e:
             if not _was_ended(e):
-                raise typer.Exit(_output_is_lost(e, ctx.params)) from None
+                _leave(_output_is_lost(e, ctx.params))
             problem = Interrupted(*self._stopped)
         except Exception as e:  # noqa: BLE001 - the last resort: a fault of ours is reported as one
             if type(e).__module__.startswith(("click", "typer")):
@@ -193,13 +193,13 @@ class Command(TyperCommand):
             problem.__cause__ = e
         shown = processes.settle(problem)
         if shown is None:  # another process shows it
-            raise typer.Exit(problem.exit_code)
+            _leave(problem.exit_code)
         screen.unmute()
         if ctx.params.get("debug"):
             with contextlib.suppress(OSError):
                 screen.err.print(_traceback(shown), markup=False)
         _show(_with_columns(_without_force(shown, self.name, ctx.params), ctx), ctx.params)
-        raise typer.Exit(shown.exit_code)
+        _leave(shown.exit_code)
 
     @property
     def _stopped(self) -> tuple[str, str]:
@@ -252,6 +252,14 @@ class Command(TyperCommand):
             processes.leave()
             end_at_once()
         return here.rank == 0
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave a command that failed. One of several processes ends at once: at an interpreter's usual end the thread that
+    asks their store whether another has failed aborts the process, and the exit code is lost."""
+    if processes.joined():
+        end_at_once(code)
+    raise typer.Exit(code) from None
 
 
 def _traceback(problem: UserError) -> str:

@@ -207,6 +207,15 @@ def test_bad_input_is_said_once(tmp_path, forks):
     assert "is not a run yet" in done.err
 
 
+def test_a_refusal_after_they_met_keeps_its_exit_code(run, forks):
+    """At an interpreter's usual end a thread of the main process that asks the store brings it down with SIGABRT, at times; here
+    what aborts stands at that end, always."""
+    abort = "import atexit, os\nif os.environ.get('RANK') == '0':\n    atexit.register(os.abort)"
+    done = forks.run("train", "--run", run, *TOGETHER, "--target-modules", "nothing", "--json", AT_THE_START=abort)
+    assert (done.code, error_of(done)["exit_code"]) == (2, 2)
+    assert "killed" not in done.err
+
+
 def test_before_they_meet_the_main_process_speaks_for_what_is_the_same_for_all(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
