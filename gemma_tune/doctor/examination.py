@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from gemma_tune.base.listener import Listener
+from gemma_tune.base.words import model_name
 from gemma_tune.doctor import around, compute, libraries, model
 from gemma_tune.doctor.finding import BROKEN, LOOK, Finding, tried
 from gemma_tune.encoding.tokenizer import quiet_libraries
@@ -65,5 +67,7 @@ def _of_model(model_id: str, revision: str | None, listener: Listener) -> Iterat
 
 
 def _located(model_id: str, revision: str | None, listener: Listener) -> BaseModel:
+    if not os.path.exists(os.path.expanduser(model_id)):
+        model_name(model_id)  # refuses what the stages do, such as a name that is too long to look for
     name, named = split_revision(model_id)
     return locate(name, revision or named, listener, weights=False)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gemma_tune.base.errors import UserError
 from gemma_tune.base.listener import Listener
 from gemma_tune.config.stages import TrainConfig
 from gemma_tune.doctor import around, compute, examination, finding, libraries, model
@@ -85,6 +86,11 @@ def test_a_model_that_is_not_there_is_broken_and_the_machine_is_looked_at(cli, m
     assert result.code == 1
     assert by_check(result)["model"]["found"] == "there is no directory ./nowhere"
     assert by_check(result)["memory"]["state"] == "ok"
+
+
+def test_a_name_that_is_too_long_for_a_model_is_told_as_every_command_tells_it():
+    with pytest.raises(UserError, match="a{20}… is too long a name .*it has 300 characters"):
+        examination._located("a" * 300, None, Listener())
 
 
 def test_a_model_whose_search_fails_otherwise_is_broken_too_and_the_rest_is_told(monkeypatch):
