@@ -258,6 +258,7 @@ _SEVERAL = {str: "text", int: "whole numbers", float: "numbers"}
 _PAIRS = ("columns", "roles", "turn_keys", "parameter")  # settings whose items name something and what it is
 _EXACT = 2 ** 53  # above it a float is no longer every whole number
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_WHOLE_IN_LIST = re.compile(r"[+-]?[0-9]{1,4000}")  # of those too large, limits tell; Python reads no more digits
 
 
 def taken(f: dataclasses.Field, kind: Any, value: Any) -> Any:
@@ -293,7 +294,7 @@ def _listed(item: type, value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         return value
     if item is int:  # as a command line has them, which are texts
-        return tuple(int(v) if isinstance(v, str) and _WHOLE.fullmatch(v) else v for v in value)
+        return tuple(int(v) if isinstance(v, str) and _WHOLE_IN_LIST.fullmatch(v) else v for v in value)
     return tuple(converted(item, v) for v in value)
 
 

@@ -57,6 +57,12 @@ def test_what_is_no_number_in_a_list_is_named():
                                      "ranks: expected a list of whole numbers, found '2.5' in it")
 
 
+def test_a_number_in_a_list_that_is_too_large_for_anything_is_one_all_the_same():
+    with pytest.raises(UserError) as raised:
+        resolve(TuneConfig, {"ranks": "8,99999999999999999999"})
+    assert raised.value.problems == ("ranks: 99999999999999999999 is above the largest possible 1024",)
+
+
 @pytest.mark.parametrize(("text", "word"), [("off", "off"), ("on", "on"), ("false", "off"), ("'off'", "off"), ("auto", "auto")])
 def test_on_and_off_need_no_quotes(tmp_path, text, word):
     (tmp_path / "s.yaml").write_text(f"prepare:\n  thinking: {text}\ntrain:\n")
