@@ -32,6 +32,7 @@ PATIENCE = 300.0  # seconds without a further number
 _TO_END = 5.0  # seconds that it has once nothing more comes
 _SHOWN = 300  # characters of what it was given
 _LAST_LINES = 5  # of what it wrote to standard error
+_ONE_EACH = "let it write one number for each line, and everything else to standard error"
 
 
 def words_of(command: str) -> list[str]:
@@ -130,8 +131,9 @@ class RewardProgram:
             if (said := self._said.get_nowait()) is None:
                 self._said.put(None)  # that it has ended is told with what it is given now
                 return
+            self._number(said)
             raise self._failed(f"wrote more numbers than it read lines, the first of them {shown(said.strip())}",
-                               "let it write one number for each line, and everything else to standard error")
+                               _ONE_EACH)
 
     def _write(self, lines: Sequence[str]) -> None:
         with contextlib.suppress(OSError, ValueError):  # that it has ended is noticed where its numbers are read
@@ -153,11 +155,13 @@ class RewardProgram:
             self._threads[self._process.stderr].join(_TO_END)
             raise self._failed(f"ended with exit code {self._process.poll()}",
                                "let it go on until its standard input ends")
+        return self._number(said)
+
+    def _number(self, said: str) -> float:
         with contextlib.suppress(ValueError):
             if math.isfinite(score := float(said)):
                 return score
-        raise self._failed(f"wrote {shown(said.strip())}, which is no finite number",
-                           "let it write one number for each line, and everything else to standard error")
+        raise self._failed(f"wrote {shown(said.strip())}, which is no finite number", _ONE_EACH)
 
     def _failed(self, what: str, hint: str) -> WorkFailed:
         words = f"; its last words: {' / '.join(self._complaints)}" if self._complaints else ""

@@ -187,8 +187,10 @@ def test_a_program_may_read_in_its_own_encoding_and_forget_to_flush(program, mon
     assert score(f"command:{program(text)}", scored("多少"), scored("a\u2028b\ud800")) == [2, 4]
 
 
-def test_a_number_too_many_is_no_score_of_the_next_answer(program):
-    running = RewardProgram(program("import sys\nfor line in sys.stdin:\n    print(1, flush=True)\n    print(0.5, flush=True)"))
+@pytest.mark.parametrize(("more", "what"), [
+    ("0.5", "wrote more numbers than it read lines, the first of them '0.5'"), ("ready", "wrote 'ready', which is no finite number")])
+def test_a_number_too_many_is_no_score_of_the_next_answer(program, more, what):
+    running = RewardProgram(program(f"import sys\nfor line in sys.stdin:\n    print(1, flush=True)\n    print('{more}', flush=True)"))
     try:
         assert running.scores([json.dumps({"answer": "多"})]) == [1]
         time.sleep(0.5)
@@ -196,7 +198,7 @@ def test_a_number_too_many_is_no_score_of_the_next_answer(program):
             running.scores(["{}"])
     finally:
         running.close()
-    assert "wrote more numbers than it read lines, the first of them '0.5'; it was given {\"answer\": \"多\"}" in failed.value.message
+    assert f"{what}; it was given {{\"answer\": \"多\"}}" in failed.value.message
 
 
 @pytest.mark.parametrize(("text", "what"), [
