@@ -117,7 +117,7 @@ def locate(model_id: str, revision: str | None, listener: Listener,
 
 def split_revision(model_id: str) -> tuple[str, str | None]:
     """``ID@REVISION`` as both; a path, whatever it is called, is one alone."""
-    if Path(model_id).expanduser().exists():
+    if os.path.exists(os.path.expanduser(model_id)):  # false also of what is too long for a path
         return model_id, None
     name, _, revision = model_id.partition("@")
     return name, revision or None
