@@ -27,22 +27,24 @@ def rewards_of(config: EvalConfig) -> list[Reward]:
 
 
 def with_training_s(session: Session) -> Session:
-    """Where the training learned from rewards and none are named, the session with those, and with as many and as long
-    answers as the training was evaluated with, unless others were asked for."""
+    """Where the training learned from rewards and answers are scored, the session with as many and as long answers as
+    the training was evaluated with, unless others were asked for, and with its rewards, where none are named."""
     learned, config = session.settings_of("train"), session.config
-    if config.reward:
+    if config.reward == NO_REWARD:
         return session
     if learned.get("method") != "grpo" or not learned.get("reward"):
-        if "reward" in session.given:
+        if "reward" in session.given and not config.reward:
             session.listener.warn("answers are not scored: the training learned from no rewards; --reward exact, or "
                                   "another one, names what they are scored by")
         return session
     rows = VALIDATED if config.data_file else session.manifest.stages["prepare"]["summary"].get("valid_rows", 0)
     usual = {"questions": max(config.questions, min(VALIDATED, rows)), "max_new_tokens": learned["max_new_tokens"]}
-    values = {"reward": tuple(learned["reward"])} | {
-        name: value for name, value in usual.items()
-        if name not in session.resolved.given and value != getattr(config, name)}
-    session.listener.note(f"as in the training: {settings_in_words(values)}")
+    values = {name: value for name, value in usual.items()
+              if name not in session.resolved.given and value != getattr(config, name)}
+    if not config.reward:
+        values = {"reward": tuple(learned["reward"]), **values}
+    if values:
+        session.listener.note(f"as in the training: {settings_in_words(values)}")
     return replace(session, resolved=session.resolved.but(values, {name: {"from": "method"} for name in values}))
 
 

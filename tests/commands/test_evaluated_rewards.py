@@ -78,13 +78,14 @@ def test_other_rewards_are_told_one_by_one_and_kept_until_others_are_named(cli, 
         assert [answer[f"{side}_reward"] for answer in answers] == [
             0.5 * answer[f"{side}_ended"] - ("a" in answer[side]) for answer in answers]
     assert "the reward regex alone" in result.err and "the tuned model's answers earn less than the base's" in result.err
-    assert recorded()["config"]["max_new_tokens"] == {"value": 128, "from": "default"}, "they are not the training's"
+    assert recorded()["config"]["max_new_tokens"] == {"value": 8, "from": "method"}, "answers are as long as in the training"
     assert "settings as before: data" in (again := cli("eval", *FP32)).err and "is up to date" in again.err
     back = cli("eval", "--reward", "train", "--data", "valid", "--json", *FP32)
     assert back.code == 0 and recorded()["config"]["reward"]["value"] == ["regex:a"], back.err
     without = cli("eval", "--reward", "none", "--json", *FP32)
     assert without.code == 0 and "reward" not in without.json["summary"]["measures"], without.err
     assert not any("base_reward" in answer for answer in without.json["summary"]["answers"])
+    assert recorded()["config"]["max_new_tokens"] == {"value": 128, "from": "default"}
     assert "is up to date" in cli("eval", *FP32).err
 
 
