@@ -253,7 +253,11 @@ def placed(dtype: str, checkpoint: Path) -> Placement:
     found = choose_placement(dtype)
     if found.instead is None or quantisation(read_config(checkpoint)):
         return found
-    parameters = parameter_count(t for name, t in open_tensors(checkpoint).items() if not TOWERS.search(name))
+    try:
+        tensors = open_tensors(checkpoint)
+    except UserError:  # of which loading them tells, with what mends it
+        return found
+    parameters = parameter_count(t for name, t in tensors.items() if not TOWERS.search(name))
     return found if _need(found, parameters) <= USABLE * available(found.device) else found.instead
 
 
