@@ -253,16 +253,16 @@ def test_every_setting_of_peft_is_known():
 
     from peft import LoraConfig
 
-    from gemma_tune.lora.config import _OTHER_KINDS, COMPUTES
+    from gemma_tune.lora.config import _OTHER_KINDS, _OURS, COMPUTES
 
     refused = {"peft_type", "bias", *_OTHER_KINDS}
     only_names = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
     only_training = {"inference_mode", "init_lora_weights", "loftq_config", "eva_config", "corda_config",
                      "lora_ga_config", "velora_config", "runtime_config", "qalora_group_size"}
     imports = {"megatron_config", "megatron_core"}
-    assert {f.name for f in dataclasses.fields(LoraConfig)} <= {*COMPUTES, *refused, *only_names, *only_training,
-                                                               *imports}
-    assert not COMPUTES.keys() & (refused | only_names | only_training | imports)
+    assert {f.name for f in dataclasses.fields(LoraConfig)} <= {*COMPUTES, *_OURS, *refused, *only_names,
+                                                               *only_training, *imports}
+    assert not {*COMPUTES, *_OURS} & (refused | only_names | only_training | imports)
 
 
 def test_a_model_with_an_adapter_in_its_folder(cli, base, data, adapter):
