@@ -61,29 +61,23 @@ class AdapterStart:
     @torch.no_grad()
     def moved(self, model: Any) -> Moved:
         """How far the adapter of the same model has moved since."""
-        still, square, layers = [], 0.0, dict(_layers(model))
-        for name, layer in layers.items():
-            change = _squared_change(layer, self._parts.get(name))
-            square += change
-            if not change and not self._longer(name, layer):
-                still.append(name)
-        copies = each_once(copies_in(model))
-        for name, (base, module) in copies.items():
+        layers = dict(_layers(model))
+        changes = [*((name, _squared_change(layer, self._parts.get(name))) for name, layer in layers.items()),
+                   *self._changes_of_copies(model),
+                   *((name, float(torch.linalg.vector_norm(part.rows.detach().cpu() - self._rows[name]).square()))
+                     for name, part in rows_in(model).items())]
+        still = [name for name, change in changes
+                 if not change and not (name in layers and self._longer(name, layers[name]))]
+        return Moved(len(changes), tuple(still), math.sqrt(sum(change for _, change in changes)))
+
+    def _changes_of_copies(self, model: Any) -> Iterator[tuple[str, float]]:
+        """Of each module that is trained as a whole."""
+        for name, (base, module) in each_once(copies_in(model)).items():
             if began := self._whole.get(name):
                 blocks = (weight.split(BLOCK) for weight in began)
             else:
                 blocks = map(self._base.blocks, base.parameters(recurse=False))
-            change = _squared_distance(module, blocks)
-            square += change
-            if not change:
-                still.append(name)
-        parts = rows_in(model)
-        for name, part in parts.items():
-            change = float(torch.linalg.vector_norm(part.rows.detach().cpu() - self._rows[name]).square())
-            square += change
-            if not change:
-                still.append(name)
-        return Moved(len(layers) + len(copies) + len(parts), tuple(still), math.sqrt(square))
+            yield name, _squared_distance(module, blocks)
 
     def _longer(self, name: str, layer: Any) -> bool:
         """Whether the lengths that DoRA learns of the rows of a weight are others now."""
